@@ -1,0 +1,65 @@
+# On a machine with Python >= 3.11 and make, every target first builds the environment it needs.
+PYTHON ?= python3
+# A folder of your own images for `make quickstart`: make quickstart IMAGES=some/folder
+IMAGES ?=
+# Test processes, and further pytest options: make test PYTEST_ARGS="-k router"
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+ENVIRONMENT := .venv
+ENVIRONMENT_4 := .venv-transformers-4
+LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
+
+# One thread per test process: two processes that each start a thread per core only get in each other's way.
+TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
+
+.PHONY: quickstart test test-transformers-4 style check clean
+
+## Build a tiny model, fine-tune it, save, reload, answer questions at a per-image budget.
+quickstart: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)")
+
+## All tests.
+test: $(ENVIRONMENT)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+## The compatibility tests, with transformers 4.57.
+test-transformers-4: $(ENVIRONMENT_4)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT_4)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
+
+## Rewrite the code in the project's style.
+style: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m ruff format .
+	$(ENVIRONMENT)/bin/python -m ruff check --fix .
+
+## Style, lint and types; changes nothing.
+check: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m ruff format --check .
+	$(ENVIRONMENT)/bin/python -m ruff check .
+	mkdir -p $(LINKS)
+	ln -sf ../../../adaptive_llava/*.py ../../../adaptive_llava/py.typed $(LINKS)
+	ln -sfn ../../../modeling ../../../processing ../../../training ../../../hub_cards $(LINKS)
+	$(ENVIRONMENT)/bin/python -m mypy
+
+## Remove the environments, the caches and what a build left behind.
+clean:
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ENVIRONMENT)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT),constraints.txt)
+
+$(ENVIRONMENT_4)/installed: constraints-transformers-4.57.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt)
+
+# $(1): the environment's folder, $(2): its constraints. torch goes first, pinned: resolved along with the others it
+# may bring gigabytes of CUDA packages.
+define install
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
+	@echo "Building $(1) (torch and transformers; a few minutes, once)"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[dev]"
+	@touch $@
+endef

@@ -1,0 +1,30 @@
+"""The command line: `python -m adaptive_llava <command> ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+COMMANDS = {
+    "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
+    "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; each has its own `--help`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m adaptive_llava <command> [options]\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:<12}{what}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The interface of a compressor: how visual tokens are made from an image's features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .option_schema import resolved_options
+from .visual_token_geometry import visual_token_ladder
+from .visual_tokens import VisionFeatures, VisualTokens
+
+
+class Compressor(nn.Module):
+    """Makes visual tokens from patches, at one of a few counts.
+
+    The counts form a ladder, fewest first; rung 0 is the cheapest. A subclass gives `type_name`, its options as
+    keyword-only constructor arguments (kept as attributes of the same name) and `compress`.
+
+    Attributes:
+        type_name: Name in the registry and in `AdaptiveLlavaConfig.compressor`.
+        num_rungs: Length of the ladder, from the options alone.
+        output_dim: Width of the tokens it makes.
+        projects: True if its tokens are already as wide as the language model, so that no projector is built.
+        pool_factors: Side of the pooling window of each rung, in patches; `None` where rungs are no windows.
+
+    Args:
+        dim: Width of the vision features.
+    """
+
+    type_name: str
+    num_rungs: int = 1
+    projects: bool = False
+    pool_factors: tuple[int, ...] | None = None
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.output_dim = dim
+
+    @property
+    def options(self) -> dict:
+        """All options with defaults filled in, as the config writes them."""
+        return resolved_options(self.type_name, self)
+
+    def ladder(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Token counts of one view with this patch grid, fewest first."""
+        return visual_token_ladder(self.options, grid)
+
+    def grid_after(self, grid: tuple[int, int], rung: int) -> tuple[int, int] | None:
+        """Grid of the tokens of a rung, `(height, width)`, or `None` if they form none."""
+        raise NotImplementedError
+
+    def compress(self, features: VisionFeatures, rung: int) -> Tensor:
+        """Tokens of all given views at one rung, `(V, ladder[rung], output_dim)`."""
+        raise NotImplementedError
+
+    def forward(self, features: VisionFeatures, rungs: Sequence[int]) -> VisualTokens:
+        """Tokens of every view at its own rung; views that share a rung are compressed together.
+
+        Args:
+            features: Features of `V` views.
+            rungs: One rung per view, as host integers.
+        """
+        ladder = self.ladder(features.grid)
+        lengths = tuple(ladder[rung] for rung in rungs)
+        used = sorted(set(rungs))
+        if len(used) == 1:
+            return VisualTokens(self.compress(features, used[0]).flatten(0, 1), lengths)
+        groups = [[view for view, chosen in enumerate(rungs) if chosen == rung] for rung in used]
+        packed = torch.cat(
+            [
+                self.compress(features.select(views), rung).flatten(0, 1)
+                for rung, views in zip(used, groups, strict=True)
+            ]
+        )
+        # The packed rows stand group by group; put the views back into their own order.
+        order = [view for views in groups for view in views]
+        starts = torch.tensor([0] + [lengths[view] for view in order[:-1]]).cumsum(0).tolist()
+        start_of = dict(zip(order, starts, strict=True))
+        index = torch.cat([torch.arange(start_of[view], start_of[view] + lengths[view]) for view in range(len(rungs))])
+        return VisualTokens(packed.index_select(0, index.to(packed.device, non_blocking=True)), lengths)
+
+
+def patch_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """View patches as whole square windows; trailing rows and columns are dropped.
+
+    Args:
+        patches: `(V, height * width, dim)`.
+        grid: Patches per side, `(height, width)`.
+        window: Side of a window, in patches.
+
+    Returns:
+        `(V, height // window, window, width // window, window, dim)`, a view where nothing is dropped.
+    """
+    rows, columns = grid[0] // window, grid[1] // window
+    patch_map = patches.view(patches.shape[0], *grid, patches.shape[-1])[:, : rows * window, : columns * window]
+    return patch_map.unflatten(2, (columns, window)).unflatten(1, (rows, window))

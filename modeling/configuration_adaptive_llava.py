@@ -1,0 +1,192 @@
+"""Configuration of adaptive LLaVA models: backbones, compressor and router in one `config.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from .code_files import auto_map, copy_code
+from .compressor_base import Compressor
+from .compressor_registry import COMPRESSORS
+from .option_schema import build_part
+from .preset_table import preset_options
+from .router_base import Router
+from .router_registry import ROUTERS
+from .vision_tower_features import vision_geometry
+from .visual_token_geometry import visual_token_ladder
+
+
+FORMAT = 1
+
+_DEFAULT_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+class AdaptiveLlavaConfig(PretrainedConfig):
+    """A LLaVA-style model whose visual-token compressor and router are part of its architecture.
+
+    Args:
+        vision_config: Config of the vision tower; LLaVA-1.5's CLIP-L/336 by default.
+        text_config: Config of the language model; LLaMA by default.
+        compressor: `{"type": name, option: value, ...}`; see `compressor_registry.py`.
+        router: `{"type": name, option: value, ...}`; see `router_registry.py`.
+        image_token_id: Id of the `<image>` placeholder.
+        vision_feature_layer: Hidden state of the tower that is compressed; a list joins several on the channels.
+        projector_hidden_act: Activation between the projector's two layers.
+        multimodal_projector_bias: Whether the projector's layers have biases.
+        vision_feature_dim: Width of one selected layer. Read from `vision_config` where that tells; to be given for
+            convolutional towers.
+        vision_grid: Patches per side of an image, `[height, width]`; like `vision_feature_dim`.
+        compressor_trained: False while the compressor or projector has weights that were never trained.
+        calibration: Where the router's thresholds come from, written by `calibrate`.
+        code_repository: Hub id of a repository that holds the remote code; `None` writes it beside the weights.
+        adaptive_llava_format: Version of this schema.
+
+    Raises:
+        ValueError: Unknown types or options, options that do not fit each other or the patch grid, or a newer format.
+    """
+
+    model_type = "adaptive_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012, transformers reads a dict
+
+    def __init__(
+        self,
+        vision_config: PretrainedConfig | Mapping[str, Any] | None = None,
+        text_config: PretrainedConfig | Mapping[str, Any] | None = None,
+        compressor: Mapping[str, Any] | None = None,
+        router: Mapping[str, Any] | None = None,
+        image_token_id: int = 32000,
+        vision_feature_layer: int | list[int] = -2,
+        projector_hidden_act: str = "gelu",
+        multimodal_projector_bias: bool = True,
+        vision_feature_dim: int | None = None,
+        vision_grid: list[int] | None = None,
+        compressor_trained: bool = True,
+        calibration: dict[str, Any] | None = None,
+        code_repository: str | None = None,
+        adaptive_llava_format: int = FORMAT,
+        **kwargs: Any,
+    ):
+        if not isinstance(adaptive_llava_format, int) or adaptive_llava_format > FORMAT:
+            raise ValueError(
+                f"`adaptive_llava_format={adaptive_llava_format!r}` is newer than this code understands ({FORMAT}). "
+                f"Install a release of adaptive-llava that reads format {adaptive_llava_format}, or load with "
+                "`trust_remote_code=True` to use the code in the repository."
+            )
+        self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
+        self.text_config = _sub_config(text_config, {"model_type": "llama"})
+        self.compressor = dict(compressor) if isinstance(compressor, Mapping) else compressor or {"type": "identity"}
+        self.router = dict(router) if isinstance(router, Mapping) else router or {"type": "fixed"}
+        self.image_token_id = image_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.projector_hidden_act = projector_hidden_act
+        self.multimodal_projector_bias = multimodal_projector_bias
+        self.vision_feature_dim = vision_feature_dim
+        self.vision_grid = vision_grid
+        self.compressor_trained = compressor_trained
+        self.calibration = calibration
+        self.code_repository = code_repository
+        self.adaptive_llava_format = adaptive_llava_format
+        self.check_options()
+        # 4.57 reads the tie from the text config, 5.x from the top
+        tied = kwargs.pop("tie_word_embeddings", None)
+        tied = bool(getattr(self.text_config, "tie_word_embeddings", False)) if tied is None else bool(tied)
+        self.text_config.tie_word_embeddings = tied
+        super().__init__(tie_word_embeddings=tied, **kwargs)
+
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> AdaptiveLlavaConfig:
+        """Config of a published system, by name or alias; `fields` override the preset's.
+
+        Raises:
+            ValueError: Unknown preset; the known ones are listed.
+        """
+        return cls(**(preset_options(preset) | fields))
+
+    def check_options(self) -> None:
+        """Fill in every option's default and refuse what does not fit.
+
+        `from_dict` sets attributes after construction, so the model and `save_pretrained` call this again.
+        """
+        geometry = vision_geometry(self.vision_config)
+        if geometry is not None:
+            self.vision_feature_dim, self.vision_grid = geometry[0], list(geometry[1])
+        if self.vision_feature_dim is None or self.vision_grid is None:
+            raise ValueError(
+                f"`vision_config` of type {self.vision_config.model_type!r} does not tell the width and grid of its "
+                "features. Pass `vision_feature_dim` and `vision_grid=[height, width]`, or use `from_backbones`, "
+                "which measures them."
+            )
+        with torch.device("meta"):
+            compressor = self.build_compressor()
+            router = self.build_router(compressor)
+        self.compressor, self.router = compressor.options, router.options
+        compressor.ladder((self.vision_grid[0], self.vision_grid[1]))
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features that the compressor reads: all selected layers joined."""
+        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return layers * self.vision_feature_dim
+
+    @property
+    def visual_token_counts(self) -> tuple[int, ...]:
+        """Token counts this model can spend on an image, fewest first."""
+        return visual_token_ladder(self.compressor, self.vision_grid)
+
+    def build_compressor(self) -> Compressor:
+        """A new compressor as this config describes it."""
+        return build_part("compressor", COMPRESSORS, self.compressor, self.feature_dim)
+
+    def build_router(self, compressor: Compressor) -> Router:
+        """A new router for the rungs of `compressor`."""
+        return build_part("router", ROUTERS, self.router, self.feature_dim, compressor)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["auto_map"] = auto_map(self.code_repository)
+        for name in self.sub_configs:
+            if isinstance(output.get(name), dict):
+                _add_legacy_rope(output[name])
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # the sub-configs in full: what is a default differs between transformers releases
+        output, full = super().to_diff_dict(), self.to_dict()
+        for name in self.sub_configs:
+            output[name] = {key: value for key, value in full[name].items() if key != "_name_or_path"}
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        self.check_options()
+        if self.code_repository is None:
+            copy_code(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _sub_config(value: PretrainedConfig | Mapping[str, Any] | None, default: dict[str, Any]) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    options = dict(default) if value is None else {"model_type": default["model_type"], **value}
+    return AutoConfig.for_model(**options)
+
+
+def _add_legacy_rope(config: dict[str, Any]) -> None:
+    # 5.x writes `rope_parameters`; 4.57 reads `rope_theta` and `rope_scaling` and would silently use 10000
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        config["rope_theta"] = parameters["rope_theta"]
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling

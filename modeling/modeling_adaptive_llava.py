@@ -1,0 +1,768 @@
+"""LLaVA-style models that decide per image how many visual tokens to spend.
+
+Order of work: vision tower -> router -> resolve_rungs -> compressor -> projector -> splice -> language model -> gather.
+Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .code_files import copy_code
+from .configuration_adaptive_llava import AdaptiveLlavaConfig
+from .encoded_images import EncodedBatch, EncodedImages
+from .placeholder_generation import PlaceholderGenerationMixin
+from .placeholder_layout import PlaceholderLayout, build_layout
+from .vision_tower_features import extract_features, unwrap_tower
+from .visual_tokens import Budget, Routing, VisionFeatures, resolve_rungs, to_host
+
+
+logger = logging.get_logger(__name__)
+
+# Parts whose weights belong to this package; a checkpoint must bring them all.
+_OWN_PARTS = ("multi_modal_projector", "compressor", "router")
+
+# Arguments that other libraries compute for the rows as they come in; wrong once visual tokens stand in them.
+_COMPACT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids")
+
+
+@dataclass
+class AdaptiveLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs aligned with `input_ids (B, L)`; at a placeholder stands the state of the image's last visual token.
+
+    Attributes:
+        last_hidden_state: `(B, L, text_dim)`.
+        hidden_states: One `(B, L, text_dim)` per layer, if asked for.
+        attentions: Over the expanded rows the language model saw, `(B, heads, T, T)`.
+        past_key_values: Cache of the expanded rows.
+        image_hidden_states: Visual tokens, `(sum(num_visual_tokens), text_dim)`.
+        num_visual_tokens: `(num_images,)`.
+        visual_rungs: `(num_views,)`.
+        visual_router_scores: `(num_views,)`, higher deserves more tokens.
+    """
+
+    image_hidden_states: Tensor | None = None
+    num_visual_tokens: Tensor | None = None
+    visual_rungs: Tensor | None = None
+    visual_router_scores: Tensor | None = None
+
+
+@dataclass
+class AdaptiveLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Like `AdaptiveLlavaModelOutputWithPast`, with `loss` and `logits (B, L, vocabulary)`."""
+
+    image_hidden_states: Tensor | None = None
+    num_visual_tokens: Tensor | None = None
+    visual_rungs: Tensor | None = None
+    visual_router_scores: Tensor | None = None
+
+
+class AdaptiveLlavaProjector(nn.Module):
+    """LLaVA's two-layer projector: `(..., dim)` -> `(..., text_dim)`.
+
+    Args:
+        dim: Width of the compressor's tokens.
+        text_dim: Width of the language model.
+        hidden_act: Activation between the layers.
+        bias: Whether the layers have biases.
+    """
+
+    def __init__(self, dim: int, text_dim: int, *, hidden_act: str = "gelu", bias: bool = True):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, text_dim, bias=bias)
+        self.act = ACT2FN[hidden_act]
+        self.linear_2 = nn.Linear(text_dim, text_dim, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(tokens)))
+
+
+class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
+    """Loading, saving and what transformers wants to know of every model."""
+
+    config_class = AdaptiveLlavaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, transformers reads a list
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: AdaptiveLlavaConfig, *args: Any, **kwargs: Any):
+        config.check_options()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that lacks weights of the projector, compressor or router is refused.
+
+        Raises:
+            ValueError: Weights of these parts are missing or have another shape; they are named.
+        """
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The checkpoint's tensors do not fit its config: {error}\nIf the compressor or its options were "
+                "changed, start from the original model with `from_llava(..., preset=...)` instead."
+            ) from error
+        missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in _OWN_PARTS))
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights this model needs: {', '.join(missing)}. It was saved "
+                "from another architecture, or incompletely. Save it again, or build the model with `from_llava` or "
+                "`from_backbones`, which initialise new parts."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        if self.config.code_repository is None:
+            copy_code(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_decoder().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.get_decoder().set_input_embeddings(value)
+
+
+class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
+    """Vision tower, router, compressor, projector and language model, without a head.
+
+    Args:
+        config: The architecture.
+    """
+
+    def __init__(self, config: AdaptiveLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = unwrap_tower(AutoModel.from_config(config.vision_config))
+        self.compressor = config.build_compressor()
+        self.router = config.build_router(self.compressor)
+        self.multi_modal_projector = _build_projector(config, self.compressor.output_dim)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
+        self.post_init()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model = decoder
+
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        *,
+        visual_token_budget: Budget = None,
+        visual_rungs: Sequence[int] | Tensor | None = None,
+        images_per_prompt: Sequence[int] | None = None,
+    ) -> EncodedImages:
+        """Encode, route, compress and project images once; the result serves many prompts.
+
+        Args:
+            pixel_values: `(num_images, 3, height, width)`.
+            image_sizes: Original sizes, `(num_images, 2)`; not needed without tiling.
+            visual_token_budget: Who decides; see `resolve_rungs`.
+            visual_rungs: One rung per image, replayed exactly.
+            images_per_prompt: Images of each prompt, for `{"total": n}`.
+
+        Raises:
+            ValueError: Images of a wrong shape, or a budget that no rung fits.
+        """
+        features = self.extract_features(pixel_values)
+        routing = self.router(features)
+        decided = self._decide(
+            features, routing, visual_token_budget, visual_rungs, images_per_prompt, routing.rungs, routing.scores
+        )
+        return self._compress(features, routing, decided)
+
+    def extract_features(self, pixel_values: Tensor) -> VisionFeatures:
+        """Features of images `(num_images, 3, height, width)` as routers and compressors read them."""
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; this model takes one view per image, "
+                "(num_images, 3, height, width). Use the checkpoint's own processor."
+            )
+        parameter = next(self.vision_tower.parameters())
+        return extract_features(
+            self.vision_tower,
+            pixel_values.to(device=parameter.device, dtype=parameter.dtype),
+            self.config.vision_feature_layer,
+            self.router.needs_blocks,
+        )
+
+    def encode_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        image_sizes: Tensor | None = None,
+        *,
+        encoded_images: EncodedImages | None = None,
+        visual_token_budget: Budget = None,
+        visual_rungs: Sequence[int] | Tensor | None = None,
+    ) -> EncodedBatch:
+        """Encode a batch's images and read its ids on the host, with one device-to-host transfer for all.
+
+        Raises:
+            ValueError: Placeholders and images disagree; the rows are named.
+        """
+        if encoded_images is not None:
+            if pixel_values is not None or visual_token_budget is not None or visual_rungs is not None:
+                raise ValueError(
+                    "`encoded_images` already holds its images and their token counts; pass it without "
+                    "`pixel_values`, `visual_token_budget` and `visual_rungs`."
+                )
+            host = to_host(input_ids, attention_mask, position_ids)
+            return EncodedBatch(*host, encoded_images, self._is_compact(host[0], encoded_images.lengths))
+        features = self.extract_features(pixel_values)
+        routing = self.router(features)
+        *host, rungs, scores = to_host(input_ids, attention_mask, position_ids, routing.rungs, routing.scores)
+        per_prompt = (host[0] == self.config.image_token_id).sum(1).tolist()
+        if sum(per_prompt) != len(features.views_per_image):
+            per_prompt = None  # an expanded batch: its counts are fixed beforehand
+        decided = self._decide(features, routing, visual_token_budget, visual_rungs, per_prompt, rungs, scores)
+        encoded = self._compress(features, routing, decided)
+        return EncodedBatch(*host, encoded, self._is_compact(host[0], encoded.lengths))
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        *,
+        visual_token_budget: Budget = None,
+        visual_rungs: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Projected visual tokens per image, in transformers' contract.
+
+        Returns:
+            On transformers 5.x a `BaseModelOutputWithPooling` whose `pooler_output` lists one `(tokens, text_dim)` per
+            image; on 4.57 that list itself.
+        """
+        encoded = self.encode_images(
+            pixel_values, image_sizes, visual_token_budget=visual_token_budget, visual_rungs=visual_rungs
+        )
+        per_image = list(encoded.values.split(encoded.lengths))
+        if int(transformers.__version__.split(".")[0]) < 5:
+            return per_image
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.values, pooler_output=per_image)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        *,
+        encoded_images: EncodedImages | None = None,
+        visual_token_budget: Budget = None,
+        visual_rungs: Sequence[int] | Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        prefix_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> AdaptiveLlavaModelOutputWithPast | tuple:
+        """Run rows of text and images.
+
+        Args:
+            input_ids: `(B, L)`, with one placeholder per image, or one per visual token.
+            attention_mask: `(B, L)`; `None` attends everything, and tells packed rows apart by `position_ids`.
+            pixel_values: `(num_images, 3, height, width)`, in order of the placeholders.
+            image_sizes: Original sizes, `(num_images, 2)`.
+            encoded_images: Result of `encode_images` in place of `pixel_values`.
+            visual_token_budget: Who decides; see `resolve_rungs`.
+            visual_rungs: One rung per image, replayed exactly.
+            prefix_embeds: Visual tokens of expanded rows, `(B, K, text_dim)`; what `generate` passes.
+            prefix_positions: Their slots counted from the start of the cache, `(B, K)`; -1 for none.
+            position_ids: Placeholder-aligned, `(B, L)`.
+            past_key_values: Cache of expanded rows.
+            inputs_embeds: Text embeddings in place of `input_ids`, `(B, L, text_dim)`.
+
+        Raises:
+            ValueError: Images and placeholders disagree, or budgets do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        text = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
+        layout, encoded = None, None
+        if pixel_values is not None or encoded_images is not None:
+            ids = input_ids if input_ids is not None else self._ids_of_embeddings(text)
+            batch = self.encode_batch(
+                ids,
+                attention_mask,
+                position_ids,
+                pixel_values,
+                image_sizes,
+                encoded_images=encoded_images,
+                visual_token_budget=visual_token_budget,
+                visual_rungs=visual_rungs,
+            )
+            encoded = batch.encoded
+            layout = self._layout(batch, past_key_values)
+            rows = layout.splice(text, encoded.values)
+            if batch.compact:
+                attention_mask, position_ids = (
+                    None if tensor is None else tensor.to(rows.device, non_blocking=True)
+                    for tensor in (layout.attention_mask, layout.position_ids)
+                )
+                kwargs = {name: value for name, value in kwargs.items() if name not in _COMPACT_ONLY}
+                if layout.packed:
+                    kwargs["use_cache"] = False  # segments of one row share no cache
+            else:
+                layout = None
+        elif prefix_embeds is not None:
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            rows = _insert_prefix(text, prefix_embeds, prefix_positions - cached)
+        else:
+            rows = text + self._unused_visual_parameters(text) if self.training else text
+        kwargs.pop("mm_token_type_ids", None)
+
+        outputs = self.language_model(
+            inputs_embeds=rows,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.hidden_states
+        last_hidden_state = outputs.last_hidden_state
+        if layout is not None:
+            last_hidden_state = layout.gather(last_hidden_state)
+            hidden_states = tuple(map(layout.gather, hidden_states)) if hidden_states is not None else None
+        result = AdaptiveLlavaModelOutputWithPast(
+            last_hidden_state=last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=hidden_states,
+            attentions=outputs.attentions,
+            **({} if encoded is None else {"image_hidden_states": encoded.values, **encoded.counts()}),
+        )
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+    def _decide(
+        self,
+        features: VisionFeatures,
+        routing: Routing,
+        budget: Budget,
+        rungs: Sequence[int] | Tensor | None,
+        images_per_prompt: Sequence[int] | None,
+        router_rungs: Tensor,
+        router_scores: Tensor,
+    ) -> list[int]:
+        return resolve_rungs(
+            Routing(router_rungs, router_scores),
+            self.compressor.ladder(features.grid),
+            features.views_per_image,
+            images_per_prompt=images_per_prompt,
+            budget=budget,
+            rungs=rungs,
+        )
+
+    def _compress(self, features: VisionFeatures, routing: Routing, rungs: list[int]) -> EncodedImages:
+        tokens = self.compressor(features, rungs)
+        values = tokens.values if self.multi_modal_projector is None else self.multi_modal_projector(tokens.values)
+        return EncodedImages(values, tokens.lengths, tuple(rungs), routing.scores, features.views_per_image)
+
+    def _is_compact(self, input_ids: Tensor, lengths: Sequence[int]) -> bool:
+        per_row = (input_ids == self.config.image_token_id).sum(1).tolist()
+        if sum(per_row) == len(lengths):
+            return True
+        image, whole = 0, sum(per_row) == sum(lengths)
+        for row, slots in enumerate(per_row):
+            first = image
+            while whole and slots > 0:
+                slots -= lengths[image]
+                image += 1
+            if slots < 0:
+                raise ValueError(
+                    f"Row {row} of `input_ids` ends inside an image: it has {per_row[row]} placeholders for images of "
+                    f"{list(lengths[first:image])} visual tokens. Use the counts of the processor, or one placeholder "
+                    "per image."
+                )
+        if not whole:
+            raise ValueError(
+                f"`input_ids` has {sum(per_row)} image placeholders (by row: {per_row}), but there are {len(lengths)} "
+                f"images with {sum(lengths)} visual tokens. Pass one placeholder per image, or one per visual token; "
+                "truncation (`max_length`) may have cut some off."
+            )
+        return False
+
+    def _layout(self, batch: EncodedBatch, past_key_values: Any) -> PlaceholderLayout:
+        if not batch.compact:
+            return build_layout(batch.input_ids, None, None, (1,) * sum(batch.encoded.lengths), self._placeholder)
+        mask, past_mask = batch.attention_mask, None
+        rows, length = batch.input_ids.shape
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"`attention_mask` has {mask.dim()} dimensions; rows with one placeholder per image need a mask of "
+                "shape (batch, length), since their visual tokens are added inside."
+            )
+        if mask is not None and mask.shape[1] not in (length, length + cached):
+            raise ValueError(
+                f"`attention_mask` covers {mask.shape[1]} slots for {length} ids after {cached} cached slots. "
+                f"Pass {length}, or {length + cached} with the cached slots (visual tokens counted one by one)."
+            )
+        if cached:
+            past_mask = torch.ones(rows, cached, dtype=torch.long)
+            if mask is not None and mask.shape[1] > length:
+                past_mask, mask = mask[:, :cached].long(), mask[:, cached:]
+        return build_layout(
+            batch.input_ids, mask, batch.position_ids, batch.encoded.lengths, self._placeholder, past_mask
+        )
+
+    @property
+    def _placeholder(self) -> int:
+        return self.config.image_token_id
+
+    def _ids_of_embeddings(self, embeddings: Tensor) -> Tensor:
+        # placeholders are found by their embedding; every other id is unknown and unused
+        token = torch.tensor(self._placeholder, device=embeddings.device)
+        is_image = (embeddings == self.get_input_embeddings()(token)).all(-1)
+        other = 0 if self._placeholder else 1
+        return torch.where(is_image, self._placeholder, other)
+
+    def _unused_visual_parameters(self, text: Tensor) -> Tensor | float:
+        # rows without images: trainable visual parts join with weight 0, so that distributed ranks stay in step
+        parts = [self.vision_tower, self.compressor, self.router, self.multi_modal_projector]
+        trainable = [any(p.requires_grad for p in part.parameters()) if part is not None else False for part in parts]
+        if not any(trainable):
+            return 0.0
+        height, width = self.config.vision_grid
+        if trainable[0]:
+            size = self.config.vision_config.image_size
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            features = self.extract_features(torch.zeros(1, 3, *size, device=text.device))
+        else:
+            dtype = next(self.vision_tower.parameters()).dtype
+            patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)
+            features = VisionFeatures(patches, (height, width), patches[:, 0], patches.new_zeros(1, 3, 1, 1), (1,))
+        encoded = self._compress(features, self.router(features), [self.compressor.num_rungs - 1])
+        return (encoded.values.sum() * 0).to(text)
+
+
+class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, PlaceholderGenerationMixin):
+    """The model with its language-model head.
+
+    Args:
+        config: The architecture.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012, as above
+
+    def __init__(self, config: AdaptiveLlavaConfig):
+        super().__init__(config)
+        self.model = AdaptiveLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._adopt_language_model_names()
+        self.post_init()
+
+    @classmethod
+    def from_llava(
+        cls, model: str | os.PathLike | PreTrainedModel, preset: str = "llava", **fields: Any
+    ) -> AdaptiveLlavaForConditionalGeneration:
+        """Give a LLaVA-1.5 model a compressor and a router; its weights are kept.
+
+        Args:
+            model: A Hub id or folder of a `LlavaForConditionalGeneration`, or a loaded one (its modules are shared).
+            preset: One of the published systems.
+            fields: Config fields that override the preset's, and, for an id, arguments of `from_pretrained`
+                (`revision`, `dtype`, `device_map`, `token`).
+
+        Raises:
+            ValueError: Another architecture, or a feature selection that leaves no patch grid.
+        """
+        loading = {name: fields.pop(name) for name in _LOADING_ARGUMENTS if name in fields}
+        if not isinstance(model, PreTrainedModel):
+            model = transformers.LlavaForConditionalGeneration.from_pretrained(model, **loading)
+        source = model.config
+        if source.model_type != "llava":
+            raise ValueError(
+                f"`model` is a {source.model_type!r}; `from_llava` takes LLaVA-1.5 (`LlavaForConditionalGeneration`). "
+                "Use `from_backbones(vision, text)` for other parts."
+            )
+        tower = unwrap_tower(model.model.vision_tower)
+        has_prefix = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+        if source.vision_feature_select_strategy == "full" and has_prefix:
+            raise ValueError(
+                "`vision_feature_select_strategy='full'` keeps the [CLS] token among the patches, which then form no "
+                "grid to compress. Fine-tune with 'default', or use a tower without [CLS]."
+            )
+        image_token_id = getattr(source, "image_token_id", None) or source.image_token_index
+        config = AdaptiveLlavaConfig.from_preset(
+            preset,
+            vision_config=source.vision_config,
+            text_config=source.text_config,
+            vision_feature_layer=source.vision_feature_layer,
+            projector_hidden_act=source.projector_hidden_act,
+            multimodal_projector_bias=source.multimodal_projector_bias,
+            **({"image_token_id": image_token_id} | fields),
+        )
+        built = cls._assemble(config, tower, model.model.language_model, model.lm_head, model.generation_config)
+        built._warm_start_projector(model.model.multi_modal_projector)
+        return built
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        preset: str = "llava",
+        *,
+        tokenizer: Any = None,
+        **fields: Any,
+    ) -> AdaptiveLlavaForConditionalGeneration:
+        """Join a vision tower and a language model through a new projector.
+
+        Args:
+            vision: Id, folder or loaded vision model (CLIP, SigLIP, DINOv2, convolutional towers with 4-D maps).
+            text: Id, folder or loaded `AutoModelForCausalLM`.
+            preset: One of the published systems.
+            tokenizer: The text model's tokenizer; `<image>` is added to it if it is not there, and the embeddings
+                grow where the tokenizer exceeds them. Without it, pass `image_token_id`.
+            fields: Config fields that override the preset's.
+
+        Raises:
+            ValueError: No `image_token_id` can be told, or a head that needs more than a matrix.
+        """
+        if not isinstance(vision, PreTrainedModel):
+            vision = AutoModel.from_pretrained(vision)
+        if not isinstance(text, PreTrainedModel):
+            text = AutoModelForCausalLM.from_pretrained(text)
+        _check_head(text)
+        if tokenizer is not None:
+            if "<image>" not in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+            fields.setdefault("image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
+            if len(tokenizer) > text.get_input_embeddings().num_embeddings:
+                text.resize_token_embeddings(len(tokenizer))
+        rows = text.get_input_embeddings().num_embeddings
+        if not 0 <= fields.get("image_token_id", -1) < rows:
+            raise ValueError(
+                f"`image_token_id={fields.get('image_token_id')!r}` is no row of the text model's {rows} embeddings. "
+                "Pass `tokenizer=` to have `<image>` added and the embeddings grown, or an id below that number."
+            )
+        tower = unwrap_tower(vision)
+        fields = _measured_geometry(tower, fields) | fields
+        config = AdaptiveLlavaConfig.from_preset(
+            preset, vision_config=tower.config, text_config=text.config, compressor_trained=False, **fields
+        )
+        head = text.get_output_embeddings()
+        return cls._assemble(config, tower, text.base_model, head, text.generation_config)
+
+    @classmethod
+    def _assemble(
+        cls, config: AdaptiveLlavaConfig, tower: nn.Module, language_model: nn.Module, head: nn.Module, generation: Any
+    ) -> AdaptiveLlavaForConditionalGeneration:
+        # built without storage; given parts take the places of theirs, and only what is new gets storage
+        with torch.device("meta"):
+            model = cls(config)
+        parameter = next(language_model.parameters())
+        model.model.vision_tower, model.model.language_model, model.lm_head = tower, language_model, head
+        model.model.compressor = config.build_compressor()
+        model.model.router = config.build_router(model.model.compressor)
+        model.model.multi_modal_projector = _build_projector(config, model.model.compressor.output_dim)
+        model._adopt_language_model_names()
+        for name in _OWN_PARTS:
+            part = getattr(model.model, name)
+            if part is not None:
+                part.apply(model._init_weights)
+                part.to(device=parameter.device, dtype=parameter.dtype)
+        if generation is not None:
+            model.generation_config = generation
+        return model.eval()
+
+    def _warm_start_projector(self, trained: nn.Module) -> None:
+        # same width: taken over; joined windows: each position gets its share, which equals averaging them first
+        own, weight = self.model.multi_modal_projector, trained.linear_1.weight
+        joined = own.linear_1.in_features // weight.shape[1]
+        with torch.no_grad():
+            own.load_state_dict(
+                trained.state_dict() | {"linear_1.weight": weight.repeat_interleave(joined, dim=1) / joined}
+            )
+
+    def _adopt_language_model_names(self) -> None:
+        # where the embeddings of this language model stand, for tying; and which layers stay on one device
+        decoder = self.model.language_model
+        names = [name for name, module in decoder.named_modules() if module is decoder.get_input_embeddings()]
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{names[0]}.weight"}
+        self._no_split_modules = self.model._no_split_modules
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.language_model = decoder
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def encode_images(self, *args: Any, **kwargs: Any) -> EncodedImages:
+        """See `AdaptiveLlavaModel.encode_images`."""
+        return self.model.encode_images(*args, **kwargs)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """See `AdaptiveLlavaModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        encoded_images: EncodedImages | None = None,
+        visual_token_budget: Budget = None,
+        visual_rungs: Sequence[int] | Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        prefix_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> AdaptiveLlavaCausalLMOutputWithPast | tuple:
+        """Run rows of text and images and score the next ids; arguments as in `AdaptiveLlavaModel.forward`, and:
+
+        Args:
+            labels: `(B, L)`, aligned with `input_ids`; -100 and placeholders are left out of the loss.
+            logits_to_keep: Number of last positions to score, or their indices; 0 scores all.
+        """
+        loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            encoded_images=encoded_images,
+            visual_token_budget=visual_token_budget,
+            visual_rungs=visual_rungs,
+            prefix_embeds=prefix_embeds,
+            prefix_positions=prefix_positions,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_arguments
+            )
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        result = AdaptiveLlavaCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.config.compressor_trained:
+            logger.warning_once(
+                "This model's projector or compressor was never trained, so its answers mean nothing yet. Fine-tune "
+                "it, then set `model.config.compressor_trained = True`."
+            )
+        return super().generate(*args, **kwargs)
+
+    generate.__doc__ = PlaceholderGenerationMixin.generate.__doc__
+
+
+_LOADING_ARGUMENTS = (
+    "revision",
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "attn_implementation",
+    "quantization_config",
+    "low_cpu_mem_usage",
+)
+
+
+def _build_projector(config: AdaptiveLlavaConfig, dim: int) -> AdaptiveLlavaProjector:
+    return AdaptiveLlavaProjector(
+        dim,
+        config.text_config.hidden_size,
+        hidden_act=config.projector_hidden_act,
+        bias=config.multimodal_projector_bias,
+    )
+
+
+def _no_split_modules(*parts: nn.Module) -> list[str]:
+    return sorted({name for part in parts for name in getattr(part, "_no_split_modules", None) or ()})
+
+
+def _insert_prefix(text: Tensor, prefix: Tensor, columns: Tensor) -> Tensor:
+    # columns (B, K) may lie outside these rows: those go to a spare column that is cut off again
+    length = text.shape[1]
+    columns = torch.where((columns >= 0) & (columns < length), columns, length)
+    source = torch.full((text.shape[0], length + 1), -1, device=text.device)
+    source.scatter_(1, columns, torch.arange(columns.shape[1], device=text.device).expand_as(columns))
+    source = source[:, :length].unsqueeze(-1)
+    inserted = prefix.to(text).gather(1, source.clamp(min=0).expand(-1, -1, text.shape[-1]))
+    return torch.where(source >= 0, inserted, text)
+
+
+def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
+    # a convolutional tower's config does not tell its width and grid: look at one black image
+    layer = fields.get("vision_feature_layer", -2)
+    size = getattr(tower.config, "image_size", 224)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    parameter = next(tower.parameters())
+    with torch.no_grad():
+        features = extract_features(
+            tower, torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype), layer
+        )
+    layers = 1 if isinstance(layer, int) else len(layer)
+    return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}
+
+
+def _check_head(text: PreTrainedModel) -> None:
+    head = text.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"`text` ({type(text).__name__}) has no head that is a plain matrix, which this package needs."
+        )
+    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
+        if getattr(text.config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"`text` ({type(text).__name__}) changes its logits after the head (`{name}="
+                f"{getattr(text.config, name)}`), which this package does not do. Use another language model."
+            )
+
+
+def _wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:
+    return bool(getattr(config, "return_dict", True)) if return_dict is None else return_dict

@@ -1,0 +1,15 @@
+"""All routers by type name."""
+
+from __future__ import annotations
+
+from .router_base import Router
+from .router_feature_std import FeatureStdRouter
+from .router_fixed import FixedRouter
+from .router_random import RandomRouter
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "fixed": FixedRouter,
+    "random": RandomRouter,
+    "feature_std": FeatureStdRouter,
+}

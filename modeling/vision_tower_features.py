@@ -1,0 +1,93 @@
+"""One way to read features from any vision tower: CLIP, SigLIP, DINOv2 and convolutional maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .visual_tokens import VisionFeatures
+
+
+def unwrap_tower(tower: nn.Module) -> nn.Module:
+    """The tower without the wrapper that some transformers releases put around it.
+
+    `CLIPVisionModel` holds its layers under `vision_model` in 4.57 and directly in 5.x; unwrapped, the parameter names
+    of a checkpoint are the same under both. A dual encoder (`CLIPModel`, `SiglipModel`) gives its vision side.
+    """
+    return getattr(tower, "vision_model", tower)
+
+
+def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | None:
+    """Feature width and patch grid of a tower, or `None` if its config does not tell (convolutional towers)."""
+    size, patch, width = (getattr(config, name, None) for name in ("image_size", "patch_size", "hidden_size"))
+    if size is None or patch is None or not isinstance(width, int):
+        return None
+    (height, width_px), (patch_height, patch_width) = _pair(size), _pair(patch)
+    return width, (height // patch_height, width_px // patch_width)
+
+
+def extract_features(
+    tower: nn.Module,
+    pixel_values: Tensor,
+    layer: int | Sequence[int],
+    blocks: Sequence[int] = (),
+) -> VisionFeatures:
+    """Run a vision tower and read its patches.
+
+    Args:
+        tower: An unwrapped tower; its outputs have `hidden_states`, each `(V, tokens, dim)` or `(V, dim, H, W)`.
+        pixel_values: `(V, 3, height, width)`, one view per image.
+        layer: Index into the hidden states; a list joins several along the channels, in list order.
+        blocks: Further hidden states to keep, prefix tokens dropped.
+
+    Raises:
+        ValueError: The tower's tokens form no patch grid.
+    """
+    outputs = tower(pixel_values, output_hidden_states=True)
+    states = outputs.hidden_states
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    for index in [*layers, *blocks]:
+        if not -len(states) <= index < len(states):
+            raise ValueError(
+                f"`vision_feature_layer={layer!r}` is not there: this tower has hidden states 0 to {len(states) - 1}."
+            )
+    last = states[layers[0]]
+    if last.dim() == 4:
+        grid, prefix = tuple(last.shape[-2:]), 0
+    else:
+        patch_height, patch_width = _pair(tower.config.patch_size)
+        grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+        prefix = last.shape[1] - grid[0] * grid[1]
+        if prefix < 0:
+            raise ValueError(
+                f"The vision tower gave {last.shape[1]} tokens for a {grid[0]}x{grid[1]} patch grid; only towers "
+                "with one token per patch (after optional prefix tokens) can be compressed."
+            )
+    patches = torch.cat([_patches(states[index], prefix) for index in layers], dim=-1)
+    return VisionFeatures(
+        patches=patches,
+        grid=grid,
+        cls=_class_token(outputs, prefix),
+        pixels=pixel_values,
+        views_per_image=(1,) * pixel_values.shape[0],
+        blocks={index: _patches(states[index], prefix) for index in blocks},
+    )
+
+
+def _patches(state: Tensor, prefix: int) -> Tensor:
+    # (V, dim, H, W) -> (V, H * W, dim), or drop [CLS] and register tokens
+    return state.flatten(2).transpose(1, 2) if state.dim() == 4 else state[:, prefix:]
+
+
+def _class_token(outputs: object, prefix: int) -> Tensor | None:
+    if prefix == 0:
+        return None
+    pooled = getattr(outputs, "pooler_output", None)
+    return pooled if pooled is not None else outputs.last_hidden_state[:, 0]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

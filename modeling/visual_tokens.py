@@ -1,0 +1,162 @@
+"""What passes between vision tower, router and compressor, and the one place where counts become known on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .visual_token_geometry import check_rungs, highest_rung, rungs_for_budget, share_total
+
+
+@dataclass(frozen=True, eq=False)
+class VisionFeatures:
+    """Features of `V` views; the views of one image are adjacent.
+
+    Attributes:
+        patches: Selected layer without prefix tokens, `(V, height * width, dim)`, rows first.
+        grid: Patches per side, `(height, width)`.
+        cls: Final [CLS] state after the tower's last norm, `(V, dim)`; `None` where the tower has none.
+        blocks: Hidden states asked for by a router's or fusion's `needs_blocks`.
+        pixels: Images as the tower saw them, `(V, 3, height, width)`.
+        views_per_image: Views of each image, as host integers.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    cls: Tensor | None
+    pixels: Tensor
+    views_per_image: tuple[int, ...]
+    blocks: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def select(self, views: Sequence[int]) -> VisionFeatures:
+        """The given views alone, each as an image of its own."""
+        index = torch.tensor(views).to(self.patches.device, non_blocking=True)
+        return VisionFeatures(
+            patches=self.patches.index_select(0, index),
+            grid=self.grid,
+            cls=None if self.cls is None else self.cls.index_select(0, index),
+            pixels=self.pixels.index_select(0, index),
+            views_per_image=(1,) * len(views),
+            blocks={layer: states.index_select(0, index) for layer, states in self.blocks.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """Visual tokens of several views (after arrangement: images), packed without padding.
+
+    Attributes:
+        values: `(sum(lengths), dim)`.
+        lengths: Tokens per view, as host integers.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """A router's choice for `V` views.
+
+    Attributes:
+        rungs: Chosen rung per view, `(V,)` long; 0 is the fewest tokens.
+        scores: `(V,)` fp32; a higher score deserves more tokens.
+        logits: `(V, num_rungs)` if the router is learned.
+    """
+
+    rungs: Tensor
+    scores: Tensor
+    logits: Tensor | None = None
+
+
+Budget = int | Sequence[int] | Mapping[str, int] | str | None
+
+
+def resolve_rungs(
+    routing: Routing,
+    ladder: Sequence[int],
+    views_per_image: Sequence[int],
+    *,
+    images_per_prompt: Sequence[int] | None = None,
+    budget: Budget = None,
+    rungs: Sequence[int] | Tensor | None = None,
+) -> list[int]:
+    """Who decides: the rung of every view, from the router, a budget, or an exact replay.
+
+    This reads device values on the host only where the router has a say.
+
+    Args:
+        routing: The router's choice for all views.
+        ladder: Token counts of one view, fewest first.
+        views_per_image: Views of each image.
+        images_per_prompt: Images of each prompt (for `{"total": n}`); `None` takes all as one prompt.
+        budget: `None` or `"auto"`, an int or one int per image, `{"ceiling": n}`, or `{"total": n}`.
+        rungs: One rung per view, replayed exactly; not together with a budget.
+
+    Raises:
+        ValueError: Both `budget` and `rungs`, an unknown form of budget, or one that no rung fits.
+    """
+    if rungs is not None and budget is not None:
+        raise ValueError(
+            f"`visual_token_budget={budget!r}` and `visual_rungs` were both given. A replay fixes the counts, so "
+            "pass only one of them."
+        )
+    num_views = sum(views_per_image)
+    if rungs is not None:
+        return check_rungs(rungs.tolist() if isinstance(rungs, Tensor) else rungs, ladder, num_views)
+    if budget is None or budget == "auto":
+        return routing.rungs.tolist()
+    if isinstance(budget, Tensor):
+        budget = budget.tolist()
+    if isinstance(budget, str):
+        raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
+    if isinstance(budget, Mapping):
+        return _resolve_mapping(budget, routing, ladder, views_per_image, images_per_prompt)
+    if not isinstance(budget, int) and not isinstance(budget, Sequence):
+        raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
+    per_image = rungs_for_budget(budget, ladder, views_per_image)
+    return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
+
+
+def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
+    """CPU copies of several integer or fp32 tensors through a single device-to-host transfer."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if all(tensor.device.type == "cpu" for tensor in present):
+        return list(tensors)
+    packed = torch.cat([tensor.detach().flatten().double() for tensor in present]).cpu()
+    pieces = iter(packed.split([tensor.numel() for tensor in present]))
+    return [None if tensor is None else next(pieces).to(tensor.dtype).view(tensor.shape) for tensor in tensors]
+
+
+_BUDGET_FORMS = (
+    "Pass 'auto' (or None) for the router, a number of tokens per image, a list with one number per image, "
+    "{'ceiling': n} or {'total': n}."
+)
+
+
+def _resolve_mapping(
+    budget: Mapping[str, Any],
+    routing: Routing,
+    ladder: Sequence[int],
+    views_per_image: Sequence[int],
+    images_per_prompt: Sequence[int] | None,
+) -> list[int]:
+    if set(budget) == {"total"}:
+        prompts = None
+        if images_per_prompt is not None:
+            views = iter(views_per_image)
+            prompts = [sum(next(views) for _ in range(images)) for images in images_per_prompt]
+        return share_total(budget["total"], ladder, routing.scores.tolist(), prompts)
+    if set(budget) == {"ceiling"}:
+        chosen = iter(routing.rungs.tolist())
+        ceilings = [highest_rung(ladder, budget["ceiling"], views) for views in views_per_image]
+        return [
+            min(next(chosen), ceiling)
+            for ceiling, views in zip(ceilings, views_per_image, strict=True)
+            for _ in range(views)
+        ]
+    raise ValueError(f"`visual_token_budget={dict(budget)!r}` is not known. {_BUDGET_FORMS}")

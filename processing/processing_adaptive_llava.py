@@ -1,0 +1,625 @@
+"""Processor of adaptive LLaVA models: images, text and chats to model inputs.
+
+Shapes: B prompts with N images in all -> `input_ids (B, L)`, `attention_mask (B, L)`, `mm_token_type_ids (B, L)`
+(1 at image placeholders), `pixel_values (N, 3, S, S)`, `image_sizes (N, 2)` as (height, width) in pixels before any
+resizing. Other keys appear only when asked for: trainers pass every key on to the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.tokenization_utils_base import AddedToken
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .chat_templates import CHAT_TEMPLATES, TEXT_MARK, control_token_pattern, normalise_messages
+from .image_loading import flatten_images, load_image
+
+
+# In a checkpoint these two stand beside this file; in the installed package they do not.
+try:
+    from .code_files import auto_map, copy_code
+    from .visual_token_geometry import check_rungs, highest_rung, rungs_for_budget, visual_token_ladder
+except ImportError:
+    from adaptive_llava.modeling.code_files import auto_map, copy_code
+    from adaptive_llava.modeling.visual_token_geometry import (
+        check_rungs,
+        highest_rung,
+        rungs_for_budget,
+        visual_token_ladder,
+    )
+
+
+LAYOUTS = ("compact", "expanded")
+INPUT_NAMES = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
+
+# Mean and standard deviation that a family of towers was trained with; CLIP's and SigLIP's stand in their processors.
+_HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_NORMALISATION = {"clip": ({}, {}), "siglip": _HALF, "vit": _HALF, "mobilenet": _HALF}
+# A longer image is cut to its middle before a shortest-edge resize with centre crop, which would keep only that
+# middle but first build a picture of millions of pixels.
+_MAX_ASPECT = 50
+
+_CALL_OPTIONS = {"visual_token_budget", "visual_rungs", "layout", "allow_urls", "return_mm_token_type_ids"}
+_PROCESSOR_KWARGS = (
+    _CALL_OPTIONS
+    | {"text_kwargs", "images_kwargs", "common_kwargs", "videos", "audio"}
+    | set(TextKwargs.__annotations__)
+    | set(ImagesKwargs.__annotations__)
+)
+
+
+class AdaptiveLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    """Call options of the tokenizer and the image processor, with our defaults."""
+
+    _defaults = {"text_kwargs": {"padding": False}}  # type: ignore[misc] # noqa: RUF012, as transformers reads it
+
+
+class AdaptiveLlavaProcessor(ProcessorMixin):
+    """Turns images, text and chats into inputs of an adaptive LLaVA model.
+
+    Args:
+        image_processor: Resizes and normalises 8-bit RGB images; any of transformers' for square inputs.
+        tokenizer: Knows `image_token` as one token.
+        chat_template: Jinja source, or `"vicuna"` or `"chatml"`.
+        image_token: Placeholder of an image in text.
+        layout: `"compact"`: one placeholder per image; `"expanded"`: one per visual token, for serving engines and
+            packing, wherever the count is known before the model runs.
+        compressor: The model's compressor options, `{"type": ..., ...}`: from these and `grid` come the counts.
+        router: The model's router options.
+        grid: Patches per side of an image, `[height, width]`.
+        code_repository: Hub id of a repository that holds the remote code; `None` writes it beside the files.
+
+    Raises:
+        ValueError: The tokenizer does not know `image_token`, or `layout` is unknown.
+    """
+
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads the signature of __init__
+        attributes = ["image_processor", "tokenizer"]  # noqa: RUF012, transformers reads a list
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        layout: str = "compact",
+        compressor: Mapping[str, Any] | None = None,
+        router: Mapping[str, Any] | None = None,
+        grid: Sequence[int] | None = None,
+        code_repository: str | None = None,
+    ):
+        if isinstance(chat_template, str):
+            chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token = image_token
+        self.layout = _check_layout(layout)
+        self.compressor = dict(compressor) if compressor else None
+        self.router = dict(router) if router else None
+        self.grid = list(grid) if grid else None
+        self.code_repository = code_repository
+        if tokenizer.convert_ids_to_tokens(self.image_token_id) != image_token or tokenizer.encode(
+            image_token, add_special_tokens=False
+        ) != [self.image_token_id]:
+            raise ValueError(
+                f"`image_token={image_token!r}` is not one token of this tokenizer. Use "
+                "`AdaptiveLlavaProcessor.from_config(config, tokenizer)`, which adds it."
+            )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        tokenizer: Any,
+        image_processor: Any = None,
+        chat_template: str | None = "vicuna",
+        **options: Any,
+    ) -> AdaptiveLlavaProcessor:
+        """Processor of a model: adds `<image>` (and a padding token) to the tokenizer where missing.
+
+        Args:
+            config: The model's `AdaptiveLlavaConfig`.
+            tokenizer: The language model's; changed in place.
+            image_processor: By default a plain resize to the tower's square input with the tower's normalisation.
+            chat_template: `"vicuna"`, `"chatml"` or Jinja source.
+            options: Further constructor arguments, such as `layout`.
+
+        Raises:
+            ValueError: `config.image_token_id` is another token of the tokenizer, or the tower does not tell its
+                input size and no `image_processor` is given.
+        """
+        image_token = options.get("image_token", "<image>")
+        if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(image_token)) != image_token:
+            tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+        token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if config.image_token_id != token_id:
+            raise ValueError(
+                f"`config.image_token_id={config.image_token_id}`, but {image_token!r} is token {token_id} of the "
+                f"tokenizer. Set `config.image_token_id = {token_id}` before the model is built."
+            )
+        if tokenizer.pad_token is None:
+            # not the end token where there is a choice: collators mask the padding token in the labels
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        return cls(
+            image_processor if image_processor is not None else _square_image_processor(config.vision_config),
+            tokenizer,
+            chat_template=chat_template,
+            compressor=config.compressor,
+            router=config.router,
+            grid=config.vision_grid,
+            code_repository=getattr(config, "code_repository", None),
+            **options,
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder token."""
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys that a call returns unless more are asked for."""
+        return list(INPUT_NAMES)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        visual_token_budget: int | Sequence[int] | Mapping[str, int] | str | None = None,
+        visual_rungs: Sequence[int] | None = None,
+        layout: str | None = None,
+        allow_urls: bool = False,
+        return_mm_token_type_ids: bool = True,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for prompts with any number of images each.
+
+        Args:
+            images: PIL images, arrays, tensors, paths or bytes: one, a flat list that is dealt out in the order of
+                the placeholders, or a list with one list (or `None`) per prompt.
+            text: A prompt or a list of prompts; each literal `<image>` is the placeholder of one image.
+            visual_token_budget: Handed on to the model: tokens per image, a list with one number per image, or
+                `{"ceiling": n}`. With the expanded layout it becomes the `visual_rungs` it stands for.
+            visual_rungs: Exact replay of counts, one rung per image; handed on to the model.
+            layout: `"compact"` or `"expanded"` for this call.
+            allow_urls: Fetch images given as `http(s)` addresses.
+            return_mm_token_type_ids: Leave out `mm_token_type_ids` if false.
+            kwargs: Options of the tokenizer (`padding`, `padding_side`, `truncation`, ...), of the image processor,
+                and `return_tensors`.
+
+        Raises:
+            ValueError: Images and placeholders of a row disagree, truncation would cut placeholders, an image is
+                unreadable, or the expanded layout is asked for while only the router knows the count.
+        """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` was given, but this model reads images only. Leave it out.")
+        if images is None and text is None:
+            raise ValueError("`images` and `text` are both missing. Pass at least one of them.")
+        options = self._merge_kwargs(
+            AdaptiveLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_kwargs, images_kwargs = options["text_kwargs"], options["images_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.pop("return_tensors", None)
+
+        sources, rows = flatten_images(images)
+        counts, rungs = self._counts_known_beforehand(len(sources), visual_token_budget, visual_rungs)
+        expanded = _check_layout(layout or self.layout) == "expanded"
+        if expanded and sources and counts is None:
+            raise ValueError(
+                f"`layout='expanded'` needs every image's token count before the model runs, but the "
+                f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
+                f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
+            )
+        data: dict[str, Any] = {}
+        if text is not None:
+            texts = _check_texts(text)
+            self._check_images_match(texts, len(sources), rows)
+            data |= self._encode(texts, counts if expanded else None, text_kwargs)
+            if return_mm_token_type_ids:
+                data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if sources:
+            data |= self._pixels(sources, allow_urls, return_tensors, images_kwargs)
+            if visual_rungs is not None or (expanded and visual_token_budget not in (None, "auto")):
+                data["visual_rungs"] = rungs
+        output = BatchFeature(data, tensor_type=return_tensors)
+        if sources and visual_token_budget is not None and "visual_rungs" not in output:
+            output["visual_token_budget"] = visual_token_budget
+        return output
+
+    def count_tokens(
+        self, images: Any, *, visual_token_budget: Any = None, visual_rungs: Sequence[int] | None = None
+    ) -> list[int]:
+        """Visual tokens each image will cost, without decoding it.
+
+        Args:
+            images: Images in any form that a call takes, or just their number.
+
+        Returns:
+            Tokens per image. Exact for the `fixed` router, a whole-number budget or `visual_rungs`; otherwise the
+            most that the router may choose.
+        """
+        number = images if isinstance(images, int) else len(flatten_images(images)[0])
+        counts, _ = self._counts_known_beforehand(number, visual_token_budget, visual_rungs)
+        if counts is not None:
+            return counts
+        ladder = self._ladder()
+        ceiling = visual_token_budget.get("ceiling") if isinstance(visual_token_budget, Mapping) else None
+        return [ladder[-1 if ceiling is None else highest_rung(ladder, ceiling)]] * number
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """What stands in a prompt for one image: the hook that transformers 5 and serving engines call."""
+        if self.layout == "compact":
+            return self.image_token
+        return self.image_token * self.count_tokens(image_idx + 1, **_only_counts(kwargs))[image_idx]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        # vLLM's hook: counts from sizes alone, so the most a router may choose
+        if image_sizes is None:
+            return MultiModalData()
+        counts = self.count_tokens(len(image_sizes), **_only_counts(kwargs))
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """1 at image placeholders, 0 elsewhere, `(batch, length)`."""
+        image_token_id = self.image_token_id
+        return [[int(token == image_token_id) for token in row] for row in input_ids]
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """A chat (or a batch of chats) as prompt text, or as model inputs with its images.
+
+        Args:
+            conversation: A list of messages, or a list of such lists. Content is a string or a list of text and
+                image parts; an image stands where its part stands.
+            chat_template: Name or Jinja source, in place of the processor's own.
+            tokenize: Return model inputs (all of them with `return_dict=True`, else the ids).
+            return_assistant_tokens_mask: Add `assistant_masks (B, L)`, 1 on what the assistant says.
+            processor_kwargs: Options of `__call__`; they may also be given directly, as in transformers 4.
+            sanitize_control_tokens: Write `<image>`, `</s>` and other control tokens found in text parts as ordinary
+                text. In the returned prompt an invisible mark (U+FDD0) keeps them apart; a call of the processor
+                on that prompt takes it out again. Pass false only for text you wrote yourself.
+            kwargs: Variables of the template.
+        """
+        template = self._template(chat_template)
+        call_options = {**{key: kwargs.pop(key) for key in list(kwargs) if key in _PROCESSOR_KWARGS}}
+        call_options |= processor_kwargs or {}
+        first = conversation[0] if len(conversation) else None
+        batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+        control_tokens = control_token_pattern(self._control_tokens()) if sanitize_control_tokens else None
+        normalised = [normalise_messages(chat, control_tokens) for chat in chats]
+
+        prompts, assistant_spans = render_jinja_template(
+            conversations=[messages for messages, _ in normalised],
+            tools=tools,
+            documents=documents,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, "image_token": self.image_token, **kwargs},
+        )
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        bos_token = self.tokenizer.bos_token
+        if bos_token is not None and prompts[0].startswith(bos_token):
+            call_options["add_special_tokens"] = False
+        tensor_type = call_options.pop("return_tensors", None) if return_tensors in (None, "auto") else return_tensors
+        if return_assistant_tokens_mask:
+            call_options["return_offsets_mapping"] = True
+        images = call_options.pop("images", None) or [chat_images for _, chat_images in normalised]
+        output = self(images=images, text=prompts, **call_options, return_tensors=tensor_type)
+        if return_assistant_tokens_mask:
+            offsets = output.pop("offset_mapping")
+            masks = [_mask(row, spans) for row, spans in zip(offsets, assistant_spans, strict=True)]
+            output["assistant_masks"] = BatchFeature({"masks": masks}, tensor_type=tensor_type)["masks"]
+        return output if return_dict else output["input_ids"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Write the processor, the tokenizer and the remote code, so that transformers 4.57 and 5 can load them."""
+        hub_options = {key: kwargs.pop(key) for key in ("repo_id", "commit_message") if key in kwargs}
+        files = super().save_pretrained(str(save_directory), **kwargs)
+        _make_tokenizer_config_portable(Path(save_directory) / "tokenizer_config.json")
+        if self.code_repository is None:
+            copy_code(save_directory)
+        if push_to_hub:  # only now: what is uploaded must have the two steps above
+            self.push_to_hub(hub_options.pop("repo_id", Path(save_directory).name), **hub_options, **kwargs)
+        return files
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Options for `processor_config.json`, with the reference to the remote code."""
+        output = super().to_dict(*args, **kwargs)
+        return output | {"auto_map": {"AutoProcessor": auto_map(self.code_repository)["AutoProcessor"]}}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Nothing to do: `save_pretrained` writes the code itself."""
+
+    def _ladder(self) -> tuple[int, ...]:
+        if self.compressor is None or self.grid is None:
+            raise ValueError(
+                "This processor does not know the model's token counts: `compressor` and `grid` are missing. Build "
+                "it with `AdaptiveLlavaProcessor.from_config(config, tokenizer)`."
+            )
+        return visual_token_ladder(self.compressor, self.grid)
+
+    def _counts_known_beforehand(
+        self, number: int, budget: Any, rungs: Sequence[int] | None
+    ) -> tuple[list[int] | None, list[int] | None]:
+        """Tokens and rung of each image, or (None, None) if only the router can tell."""
+        if budget is not None and rungs is not None:
+            raise ValueError(
+                f"`visual_token_budget={budget!r}` and `visual_rungs={rungs!r}` were both given. Pass one of them: "
+                "rungs replay an exact choice, a budget makes one."
+            )
+        if self.compressor is None and budget is None and rungs is None:
+            return None, None
+        ladder = self._ladder()
+        router = self.router or {}
+        if rungs is not None:
+            chosen = check_rungs([rungs] * number if isinstance(rungs, int) else list(rungs), ladder, number)
+        elif isinstance(budget, Mapping):
+            if len(budget) != 1 or not set(budget) <= {"ceiling", "total"}:
+                raise ValueError(
+                    f"`visual_token_budget={dict(budget)!r}` is not understood. As a dict, pass {{'ceiling': n}} "
+                    "or {'total': n}."
+                )
+            if "total" in budget or router.get("type") != "fixed":
+                return None, None
+            top = min(highest_rung(ladder, budget["ceiling"]), range(len(ladder))[router.get("rung", -1)])
+            chosen = [top] * number
+        elif budget is None or budget == "auto":
+            if router.get("type") != "fixed":
+                return None, None
+            chosen = [range(len(ladder))[router.get("rung", -1)]] * number
+        elif isinstance(budget, str):
+            raise ValueError(f"`visual_token_budget={budget!r}` is unknown. Pass a number of tokens or 'auto'.")
+        else:
+            chosen = rungs_for_budget(budget, ladder, number)
+        return [ladder[rung] for rung in chosen], chosen
+
+    def _check_images_match(self, texts: list[str], num_images: int, rows: list[int] | None) -> None:
+        if rows is not None and len(rows) != len(texts):
+            raise ValueError(
+                f"`images` has {len(rows)} rows for {len(texts)} prompts. Pass one list of images per prompt, "
+                "empty for a prompt without images."
+            )
+        left = num_images
+        for row, prompt in enumerate(texts):
+            found = prompt.count(self.image_token)
+            given = min(found, left) if row + 1 < len(texts) else left
+            left -= given
+            given = rows[row] if rows is not None else given
+            if found != given:
+                raise ValueError(
+                    f"Row {row} of `text` has {found} {self.image_token!r} placeholder(s), but {given} image(s) are "
+                    f"given for it. Write one {self.image_token!r} per image (`apply_chat_template` does so for "
+                    "image parts), or pass as many images as there are placeholders."
+                )
+
+    def _encode(self, texts: list[str], counts: list[int] | None, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given."""
+        expanded, shifts = texts, None
+        if counts is not None:
+            expanded, shifts = self._expand(texts, counts)
+        text_kwargs = {**text_kwargs, "return_token_type_ids": False}
+        if any(TEXT_MARK in prompt for prompt in expanded):
+            data = self._tokenize_marked(expanded, text_kwargs)
+        else:
+            data = dict(self.tokenizer(expanded, **text_kwargs))
+        for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
+            kept, expected = list(ids).count(self.image_token_id), prompt.count(self.image_token)
+            if kept != expected:
+                full = len(self.tokenizer(prompt, add_special_tokens=text_kwargs.get("add_special_tokens", True)).input_ids)
+                raise ValueError(
+                    f"`max_length={text_kwargs.get('max_length', self.tokenizer.model_max_length)}` cuts "
+                    f"{expected - kept} of the {expected} {self.image_token!r} placeholders of row {row}, and an "
+                    f"image without its placeholder cannot be read. Pass at least {full} for this row, or "
+                    "`truncation=False` (in TRL: `max_length=None`)."
+                )
+        if shifts is not None and "offset_mapping" in data:
+            data["offset_mapping"] = [
+                [_original_span(span, row_shifts) for span in row]
+                for row, row_shifts in zip(data["offset_mapping"], shifts, strict=True)
+            ]
+        return data
+
+    def _expand(self, texts: list[str], counts: list[int]) -> tuple[list[str], list[list[tuple[int, int, int]]]]:
+        """Texts with one placeholder per visual token, and (position, length before, length after) of each image."""
+        remaining = iter(counts)
+        expanded, shifts = [], []
+        for prompt in texts:
+            pieces = prompt.split(self.image_token)
+            result, row_shifts, position = pieces[0], [], len(pieces[0])
+            for piece in pieces[1:]:
+                placeholders = self.image_token * next(remaining)
+                row_shifts.append((position, len(self.image_token), len(placeholders)))
+                result += placeholders + piece
+                position += len(self.image_token) + len(piece)
+            expanded.append(result)
+            shifts.append(row_shifts)
+        return expanded, shifts
+
+    def _tokenize_marked(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Tokenize texts in which marks have broken control tokens, and take the marks' tokens out."""
+        if not self.tokenizer.is_fast:  # no offsets: a space stays behind
+            return dict(self.tokenizer([prompt.replace(TEXT_MARK, " ") for prompt in texts], **text_kwargs))
+        padding = {key: text_kwargs.pop(key, None) for key in ("padding", "padding_side", "pad_to_multiple_of")}
+        wants_offsets = text_kwargs.get("return_offsets_mapping", False)
+        encoded = self.tokenizer(texts, **{**text_kwargs, "return_offsets_mapping": True})
+        keep = [
+            [index for index, (start, end) in enumerate(spans) if prompt[start:end] != TEXT_MARK]
+            for prompt, spans in zip(texts, encoded["offset_mapping"], strict=True)
+        ]
+        data = {
+            key: [[row[index] for index in kept] for row, kept in zip(rows, keep, strict=True)]
+            for key, rows in encoded.items()
+        }
+        offsets = data.pop("offset_mapping")
+        padded = dict(
+            self.tokenizer.pad(
+                data,
+                padding=padding["padding"] or False,
+                max_length=text_kwargs.get("max_length"),
+                padding_side=padding["padding_side"],
+                pad_to_multiple_of=padding["pad_to_multiple_of"],
+            )
+        )
+        if wants_offsets:
+            left = (padding["padding_side"] or self.tokenizer.padding_side) == "left"
+            fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
+            padded["offset_mapping"] = [
+                fill + row if left else row + fill for row, fill in zip(offsets, fills, strict=True)
+            ]
+        return padded
+
+    def _pixels(
+        self, sources: list[Any], allow_urls: bool, return_tensors: str | None, images_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        if images_kwargs.get("do_rescale") is False:
+            raise ValueError(
+                "`do_rescale=False` is not possible here: every image becomes 8-bit RGB first (fractions 0 to 1 are "
+                "recognised as such). Leave it out."
+            )
+        images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
+        data_format = images_kwargs.pop("input_data_format", None)
+        data_format = getattr(data_format, "value", data_format)  # transformers' enum
+        data_format = {"first": "channels_first", "last": "channels_last"}.get(data_format, data_format)
+        loaded = [
+            load_image(source, index=index, allow_urls=allow_urls, input_data_format=data_format)
+            for index, source in enumerate(sources)
+        ]
+        # tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
+        sizes = [(image.height, image.width) for image in loaded]
+        if "shortest_edge" in dict(images_kwargs.get("size") or getattr(self.image_processor, "size", None) or {}):
+            loaded = [_middle(image) for image in loaded]
+        pixel_values = self.image_processor(loaded, **images_kwargs)["pixel_values"]
+        return {"pixel_values": pixel_values, "image_sizes": sizes}
+
+    def _control_tokens(self) -> set[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        return special | set(self.tokenizer.all_special_tokens) | {self.image_token}
+
+    def _template(self, name: str | None) -> str:
+        own = self.chat_template
+        if isinstance(own, dict):
+            known = {**CHAT_TEMPLATES, **own}
+            if name is None and "default" not in own:
+                raise ValueError(
+                    f"`chat_template` must name one of this processor's templates: {', '.join(sorted(own))}."
+                )
+            name = "default" if name is None else name
+            return known.get(name, name)
+        template = own if name is None else name
+        if template is None:
+            raise ValueError(
+                "This processor has no chat template. Pass `chat_template='vicuna'`, 'chatml' or Jinja source."
+            )
+        return CHAT_TEMPLATES.get(template, template)
+
+
+def _check_layout(layout: str) -> str:
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout={layout!r}` is unknown. Pass one of: {', '.join(LAYOUTS)}.")
+    return layout
+
+
+def _check_texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts or not all(isinstance(prompt, str) for prompt in texts):
+        raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
+    return texts
+
+
+def _only_counts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("visual_token_budget", "visual_rungs") if key in kwargs}
+
+
+def _original_span(span: Sequence[int], shifts: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
+    """Where a token of an expanded text stands in the text before expansion."""
+    start, end = int(span[0]), int(span[1])
+    gained = 0
+    for position, before, after in shifts:
+        if start < position + gained:
+            break
+        if start < position + gained + after:  # one of this image's placeholders
+            return position, position + before
+        gained += after - before
+    return start - gained, end - gained
+
+
+def _mask(offsets: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that shares a character with a span; padding and added specials, of no width, never do."""
+    return [int(any(start < stop and end > begin for begin, stop in spans)) for start, end in offsets]
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    keep = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= keep:
+        return image
+    left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
+    return image.crop((left, top, left + min(width, keep), top + min(height, keep)))
+
+
+def _square_image_processor(vision_config: Any) -> Any:
+    size = getattr(vision_config, "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"`vision_config` of type {vision_config.model_type!r} does not tell the input size of the tower. Pass "
+            "`image_processor`."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    options: dict[str, Any] = {"size": {"height": height, "width": width}}
+    kind = vision_config.model_type
+    name = "SiglipImageProcessor" if kind.startswith("siglip") else "CLIPImageProcessor"
+    if name == "CLIPImageProcessor":
+        options["do_center_crop"] = False
+        if not kind.startswith("clip"):
+            family = next((family for family in _NORMALISATION if kind.startswith(family)), None)
+            options["image_mean"], options["image_std"] = _NORMALISATION.get(family or "", _IMAGENET)
+    # transformers 5 keeps the PIL back end, which needs no torchvision, under its own name
+    processor_class = getattr(transformers, name + "Pil", None) or getattr(transformers, name)
+    return processor_class(**options)
+
+
+def _make_tokenizer_config_portable(path: Path) -> None:
+    """Rewrite what transformers 5 writes and 4.57 cannot read."""
+    if not path.is_file():
+        return
+    options = json.loads(path.read_text(encoding="utf-8"))
+    if options.get("tokenizer_class") == "TokenizersBackend":
+        options["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(options.get("extra_special_tokens"), list):
+        options["additional_special_tokens"] = options.pop("extra_special_tokens")
+    # a generic fast tokenizer would emit token_type_ids, which generate() refuses
+    options["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

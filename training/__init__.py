@@ -1,0 +1,1 @@
+"""Data, fine-tuning, calibration, evaluation and benchmarks, each runnable with `python -m`."""
