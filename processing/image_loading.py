@@ -20,8 +20,20 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 MAX_BYTES = 256 * 1024 * 1024
+MAX_ASPECT = 50
 URL_TIMEOUT = 20  # seconds
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # no EPS: it runs Ghostscript
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
@@ -72,7 +84,7 @@ def load_image(
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
     if isinstance(source, Image.Image):
         return _decode(source, name)
-    if hasattr(source, "detach"):  # a tensor; numpy has no bfloat16
+    if hasattr(source, "is_floating_point"):  # a tensor; numpy has no bfloat16
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
@@ -98,6 +110,20 @@ def load_image(
             f"{name} is no image that can be read: {error}. Supported formats: {', '.join(FORMATS)}."
         ) from error
     return _decode(image, name)
+
+
+def shorten_extreme(image: Image.Image) -> Image.Image:
+    """The middle of an image more than 50 times as long as wide, any other image as it is.
+
+    For a shortest-edge resize with centre crop, which keeps no more than that middle but would first build a picture
+    of millions of pixels.
+    """
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _unbatched(item: Any) -> list[Any]:

@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_templates import CHAT_TEMPLATES, TEXT_MARK, control_token_pattern, normalise_messages
-from .image_loading import flatten_images, load_image
+from .chat_templates import CHAT_TEMPLATES
+from .image_loading import flatten_images, load_image, shorten_extreme
+from .prompt_encoding import (
+    control_token_pattern,
+    expand_placeholders,
+    normalise_messages,
+    original_span,
+    span_mask,
+    tokenize,
+)
 
 
 # In a checkpoint these two stand beside this file; in the installed package they do not.
@@ -41,13 +48,10 @@ except ImportError:
 LAYOUTS = ("compact", "expanded")
 INPUT_NAMES = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
 
-# Mean and standard deviation that a family of towers was trained with; CLIP's and SigLIP's stand in their processors.
+# Mean and standard deviation that other towers than CLIP and SigLIP were trained with; ImageNet's if not named here.
 _HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-_NORMALISATION = {"clip": ({}, {}), "siglip": _HALF, "vit": _HALF, "mobilenet": _HALF}
-# A longer image is cut to its middle before a shortest-edge resize with centre crop, which would keep only that
-# middle but first build a picture of millions of pixels.
-_MAX_ASPECT = 50
+_NORMALISATION = {"vit": _HALF, "mobilenet": _HALF}
 
 _CALL_OPTIONS = {"visual_token_budget", "visual_rungs", "layout", "allow_urls", "return_mm_token_type_ids"}
 _PROCESSOR_KWARGS = (
@@ -338,7 +342,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         output = self(images=images, text=prompts, **call_options, return_tensors=tensor_type)
         if return_assistant_tokens_mask:
             offsets = output.pop("offset_mapping")
-            masks = [_mask(row, spans) for row, spans in zip(offsets, assistant_spans, strict=True)]
+            masks = [span_mask(row, spans) for row, spans in zip(offsets, assistant_spans, strict=True)]
             output["assistant_masks"] = BatchFeature({"masks": masks}, tensor_type=tensor_type)["masks"]
         return output if return_dict else output["input_ids"]
 
@@ -428,77 +432,25 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given."""
         expanded, shifts = texts, None
         if counts is not None:
-            expanded, shifts = self._expand(texts, counts)
-        text_kwargs = {**text_kwargs, "return_token_type_ids": False}
-        if any(TEXT_MARK in prompt for prompt in expanded):
-            data = self._tokenize_marked(expanded, text_kwargs)
-        else:
-            data = dict(self.tokenizer(expanded, **text_kwargs))
+            expanded, shifts = expand_placeholders(texts, self.image_token, counts)
+        data = tokenize(self.tokenizer, expanded, {**text_kwargs, "return_token_type_ids": False})
         for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
             kept, expected = list(ids).count(self.image_token_id), prompt.count(self.image_token)
             if kept != expected:
-                full = len(self.tokenizer(prompt, add_special_tokens=text_kwargs.get("add_special_tokens", True)).input_ids)
+                specials = text_kwargs.get("add_special_tokens", True)
+                full = len(self.tokenizer(prompt, add_special_tokens=specials)["input_ids"])
+                limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
                 raise ValueError(
-                    f"`max_length={text_kwargs.get('max_length', self.tokenizer.model_max_length)}` cuts "
-                    f"{expected - kept} of the {expected} {self.image_token!r} placeholders of row {row}, and an "
-                    f"image without its placeholder cannot be read. Pass at least {full} for this row, or "
-                    "`truncation=False` (in TRL: `max_length=None`)."
+                    f"`max_length={limit}` cuts {expected - kept} of the {expected} {self.image_token!r} placeholders "
+                    f"of row {row}, and an image without its placeholder cannot be read. Pass at least {full} for "
+                    "this row, or `truncation=False` (in TRL: `max_length=None`)."
                 )
         if shifts is not None and "offset_mapping" in data:
             data["offset_mapping"] = [
-                [_original_span(span, row_shifts) for span in row]
+                [original_span(span, row_shifts) for span in row]
                 for row, row_shifts in zip(data["offset_mapping"], shifts, strict=True)
             ]
         return data
-
-    def _expand(self, texts: list[str], counts: list[int]) -> tuple[list[str], list[list[tuple[int, int, int]]]]:
-        """Texts with one placeholder per visual token, and (position, length before, length after) of each image."""
-        remaining = iter(counts)
-        expanded, shifts = [], []
-        for prompt in texts:
-            pieces = prompt.split(self.image_token)
-            result, row_shifts, position = pieces[0], [], len(pieces[0])
-            for piece in pieces[1:]:
-                placeholders = self.image_token * next(remaining)
-                row_shifts.append((position, len(self.image_token), len(placeholders)))
-                result += placeholders + piece
-                position += len(self.image_token) + len(piece)
-            expanded.append(result)
-            shifts.append(row_shifts)
-        return expanded, shifts
-
-    def _tokenize_marked(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tokenize texts in which marks have broken control tokens, and take the marks' tokens out."""
-        if not self.tokenizer.is_fast:  # no offsets: a space stays behind
-            return dict(self.tokenizer([prompt.replace(TEXT_MARK, " ") for prompt in texts], **text_kwargs))
-        padding = {key: text_kwargs.pop(key, None) for key in ("padding", "padding_side", "pad_to_multiple_of")}
-        wants_offsets = text_kwargs.get("return_offsets_mapping", False)
-        encoded = self.tokenizer(texts, **{**text_kwargs, "return_offsets_mapping": True})
-        keep = [
-            [index for index, (start, end) in enumerate(spans) if prompt[start:end] != TEXT_MARK]
-            for prompt, spans in zip(texts, encoded["offset_mapping"], strict=True)
-        ]
-        data = {
-            key: [[row[index] for index in kept] for row, kept in zip(rows, keep, strict=True)]
-            for key, rows in encoded.items()
-        }
-        offsets = data.pop("offset_mapping")
-        padded = dict(
-            self.tokenizer.pad(
-                data,
-                padding=padding["padding"] or False,
-                max_length=text_kwargs.get("max_length"),
-                padding_side=padding["padding_side"],
-                pad_to_multiple_of=padding["pad_to_multiple_of"],
-            )
-        )
-        if wants_offsets:
-            left = (padding["padding_side"] or self.tokenizer.padding_side) == "left"
-            fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
-            padded["offset_mapping"] = [
-                fill + row if left else row + fill for row, fill in zip(offsets, fills, strict=True)
-            ]
-        return padded
 
     def _pixels(
         self, sources: list[Any], allow_urls: bool, return_tensors: str | None, images_kwargs: dict[str, Any]
@@ -519,7 +471,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         # tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
         sizes = [(image.height, image.width) for image in loaded]
         if "shortest_edge" in dict(images_kwargs.get("size") or getattr(self.image_processor, "size", None) or {}):
-            loaded = [_middle(image) for image in loaded]
+            loaded = [shorten_extreme(image) for image in loaded]
         pixel_values = self.image_processor(loaded, **images_kwargs)["pixel_values"]
         return {"pixel_values": pixel_values, "image_sizes": sizes}
 
@@ -561,33 +513,6 @@ def _check_texts(text: Any) -> list[str]:
 
 def _only_counts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("visual_token_budget", "visual_rungs") if key in kwargs}
-
-
-def _original_span(span: Sequence[int], shifts: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
-    """Where a token of an expanded text stands in the text before expansion."""
-    start, end = int(span[0]), int(span[1])
-    gained = 0
-    for position, before, after in shifts:
-        if start < position + gained:
-            break
-        if start < position + gained + after:  # one of this image's placeholders
-            return position, position + before
-        gained += after - before
-    return start - gained, end - gained
-
-
-def _mask(offsets: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that shares a character with a span; padding and added specials, of no width, never do."""
-    return [int(any(start < stop and end > begin for begin, stop in spans)) for start, end in offsets]
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    keep = _MAX_ASPECT * min(width, height)
-    if max(width, height) <= keep:
-        return image
-    left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
-    return image.crop((left, top, left + min(width, keep), top + min(height, keep)))
 
 
 def _square_image_processor(vision_config: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +120,10 @@ def test_16_bit_grey_is_scaled_and_not_clipped(mode):
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     image = Image.fromarray(values)
     if mode != "I;16":
-        image = Image.fromarray(values.astype(np.int32)) if mode == "I" else Image.frombytes(
-            mode, (4, 1), values.astype(">u2").tobytes()
+        image = (
+            Image.fromarray(values.astype(np.int32))
+            if mode == "I"
+            else Image.frombytes(mode, (4, 1), values.astype(">u2").tobytes())
         )
     assert image.mode == mode
     assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 1, 128, 255]
@@ -158,7 +160,8 @@ def test_exif_rotation_is_applied_and_the_callers_image_stays():
 def test_the_first_frame_of_an_animation_is_taken():
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "lime", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
-        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        options = {"lossless": True} if kind == "WEBP" else {}
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert np.asarray(load_image(content))[2, 2].tolist() == [255, 0, 0], kind
 
 
@@ -197,8 +200,6 @@ def bomb_png(width, height):
     """A PNG of a few bytes whose header promises many pixels."""
     content = bytearray(encoded(Image.new("1", (1, 1))))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return bytes(content)
 
@@ -239,7 +240,7 @@ def test_values_that_are_no_pixels_are_refused(values, found):
         load_image(values)
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 5, 2), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(4,), (5, 5, 2), (2, 3, 4, 5)])
 def test_arrays_of_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="is an array of shape"):
         load_image(np.ones(shape, np.uint8))
@@ -276,8 +277,3 @@ def test_real_images_load_upright_in_rgb(name):
     for path in paths:
         loaded = load_image(path)
         assert loaded.mode == "RGB" and min(loaded.size) > 1
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared images are not on this machine")
-def test_manifest_lines_are_json():
-    assert json.loads((DATA / "photos" / "manifest.jsonl").read_text().splitlines()[0])

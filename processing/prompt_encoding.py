@@ -1,0 +1,157 @@
+"""From chats and prompts to token ids: messages in one form, user text kept apart from control tokens, expansion."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+# A noncharacter, which Unicode keeps for internal use. Written into a control token it makes ordinary text of it;
+# the processor takes it out again between tokenisation and padding.
+TEXT_MARK = "\ufdd0"
+
+
+def control_token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of a tokenizer's control tokens, the longest first."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)")
+
+
+def as_plain_text(text: str, control_tokens: re.Pattern[str]) -> str:
+    """The same text with every control token broken by a mark after its first character."""
+    text = text.replace(TEXT_MARK, "")
+    start = 0
+    while match := control_tokens.search(text, start):
+        # from the next character on: a token may begin inside another
+        start = match.start() + 1
+        text = text[:start] + TEXT_MARK + text[start:]
+    return text
+
+
+def normalise_messages(
+    messages: Sequence[Mapping[str, Any]], control_tokens: re.Pattern[str] | None
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """One chat as lists of text and image parts, and its images in prompt order.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, the content a string or a list of parts: `{"type": "text", "text":
+            ...}`, `{"type": "image", "image" | "path" | "url" | "base64": ...}`, or OpenAI's `image_url`.
+        control_tokens: What text parts must not write; `None` leaves text as it is.
+
+    Raises:
+        ValueError: A part that is neither text nor image.
+    """
+    if not messages:
+        raise ValueError("`conversation` is empty. Pass at least one message.")
+    normalised, images = [], []
+    for message in messages:
+        content = message.get("content")
+        if content is not None:
+            parts = []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                kind = part.get("type")
+                if kind in ("image", "image_url"):
+                    image = _image_of(part)
+                    images += [] if image is None else [image]
+                    parts.append({"type": "image"})
+                elif kind == "text" and isinstance(part.get("text"), str):
+                    text = part["text"] if control_tokens is None else as_plain_text(part["text"], control_tokens)
+                    parts.append({"type": "text", "text": text})
+                else:
+                    raise ValueError(
+                        f"A message has a part of type {kind!r} with keys {sorted(part)}. Write "
+                        "{'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}."
+                    )
+            content = parts
+        normalised.append({**{key: value for key, value in message.items() if value is not None}, "content": content})
+    return normalised, images
+
+
+def expand_placeholders(
+    texts: Sequence[str], placeholder: str, counts: Sequence[int]
+) -> tuple[list[str], list[list[tuple[int, int, int]]]]:
+    """Repeat each placeholder as often as its image has visual tokens.
+
+    Args:
+        texts: Prompts with one placeholder per image.
+        counts: Tokens of each image, in prompt order.
+
+    Returns:
+        The expanded prompts, and for each image of each prompt its position and its length before and after.
+    """
+    remaining = iter(counts)
+    expanded, shifts = [], []
+    for prompt in texts:
+        pieces = prompt.split(placeholder)
+        result, row_shifts, position = pieces[0], [], len(pieces[0])
+        for piece in pieces[1:]:
+            placeholders = placeholder * next(remaining)
+            row_shifts.append((position, len(placeholder), len(placeholders)))
+            result += placeholders + piece
+            position += len(placeholder) + len(piece)
+        expanded.append(result)
+        shifts.append(row_shifts)
+    return expanded, shifts
+
+
+def original_span(span: Sequence[int], shifts: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
+    """Where a token of an expanded prompt stands in the prompt before expansion."""
+    start, end = int(span[0]), int(span[1])
+    gained = 0
+    for position, before, after in shifts:
+        if start < position + gained:
+            break
+        if start < position + gained + after:  # one of this image's placeholders
+            return position, position + before
+        gained += after - before
+    return start - gained, end - gained
+
+
+def span_mask(offsets: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that shares a character with a span; padding and added specials, of no width, never do."""
+    return [int(any(start < stop and end > begin for begin, stop in spans)) for start, end in offsets]
+
+
+def tokenize(tokenizer: Any, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's call, with the marks of `as_plain_text` taken out between tokenisation and padding."""
+    if not any(TEXT_MARK in prompt for prompt in texts):
+        return dict(tokenizer(texts, **text_kwargs))
+    if not tokenizer.is_fast:  # no offsets: a space stays behind
+        return dict(tokenizer([prompt.replace(TEXT_MARK, " ") for prompt in texts], **text_kwargs))
+    padding = {key: text_kwargs.get(key) for key in ("padding_side", "pad_to_multiple_of")}
+    encoded = tokenizer(texts, **{**text_kwargs, "padding": False, "return_offsets_mapping": True})
+    keep = [
+        [index for index, (start, end) in enumerate(spans) if prompt[start:end] != TEXT_MARK]
+        for prompt, spans in zip(texts, encoded["offset_mapping"], strict=True)
+    ]
+    data = {
+        key: [[row[index] for index in kept] for row, kept in zip(rows, keep, strict=True)]
+        for key, rows in encoded.items()
+    }
+    offsets = data.pop("offset_mapping")
+    padded = dict(
+        tokenizer.pad(
+            data, padding=text_kwargs.get("padding") or False, max_length=text_kwargs.get("max_length"), **padding
+        )
+    )
+    if text_kwargs.get("return_offsets_mapping"):
+        left = (padding["padding_side"] or tokenizer.padding_side) == "left"
+        fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
+        padded["offset_mapping"] = [
+            fill + row if left else row + fill for row, fill in zip(offsets, fills, strict=True)
+        ]
+    return padded
+
+
+def _image_of(part: Mapping[str, Any]) -> Any:
+    url = part.get("image_url")
+    if url is not None:
+        return url["url"] if isinstance(url, Mapping) else url
+    if part.get("base64") is not None:
+        try:
+            return base64.b64decode(part["base64"].rpartition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"An image part's `base64` is not valid base64: {error}.") from error
+    return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)

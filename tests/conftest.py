@@ -1,0 +1,113 @@
+"""Tiny real models for every test, and the real images where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)
+
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig  # noqa: E402
+
+from adaptive_llava import AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGeneration  # noqa: E402
+
+
+IMAGE_TOKEN, PAD, BOS, EOS = 99, 0, 1, 2
+
+# One row per compressor and router that obeys the laws; adding a method adds a row.
+TINY_COMPRESSORS = {
+    "identity": {"type": "identity"},
+    "average_pool": {"type": "average_pool", "factors": [1, 2, 3]},
+    "token_concat": {"type": "token_concat", "window": 2},
+}
+TINY_ROUTERS = {
+    "fixed": {"type": "fixed"},
+    "random": {"type": "random"},
+    "feature_std": {"type": "feature_std"},
+}
+PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr"]
+PRESETS_TO_COME = ["stf", "mbtf", "stf-mbtf", "llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
+
+
+def tiny_vision_config(kind: str = "clip", image_size: int = 24):
+    """A vision tower of three layers on 4-pixel patches: a 6x6 grid at 24 pixels."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": 4,
+    }
+    return CLIPVisionConfig(projection_dim=16, **shape) if kind == "clip" else SiglipVisionConfig(**shape)
+
+
+def tiny_text_config(kind: str = "qwen2", **options):
+    """A language model of two layers and 100 words."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    }
+    return (Qwen2Config if kind == "qwen2" else LlamaConfig)(**(shape | options))
+
+
+def tiny_model(preset: str = "llava", *, vision: str = "clip", text: str = "qwen2", seed: int = 0, **fields):
+    """A random model whose weights are large enough that every part matters to the logits."""
+    torch.manual_seed(seed)
+    tied = fields.pop("tie_word_embeddings", False)
+    config = AdaptiveLlavaConfig.from_preset(
+        preset,
+        vision_config=tiny_vision_config(vision),
+        text_config=tiny_text_config(text, tie_word_embeddings=tied),
+        image_token_id=IMAGE_TOKEN,
+        **fields,
+    )
+    if config.router["type"] == "feature_std" and "router" not in fields:
+        config.router["thresholds"] = [0.9] * len(config.router["thresholds"])
+    model = AdaptiveLlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def tiny_images(count: int, seed: int = 1, image_size: int = 24) -> torch.Tensor:
+    """Pixels `(count, 3, size, size)` from flat to noisy, so that a router has something to tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 3, image_size, image_size, generator=generator)
+    flat = torch.randn(count, 3, 1, 1, generator=generator)
+    share = torch.linspace(0, 1, max(count, 2))[:count].view(-1, 1, 1, 1)
+    return flat * (1 - share) + noise * share
+
+
+def batch_rows(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of ragged rows, padded on one side."""
+    width = max(map(len, rows))
+    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
+    mask = [[0] * (width - len(r)) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * (width - len(r)) for r in rows]
+    return torch.tensor(padded), torch.tensor(mask)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real images, golden tensors and weights; tests that need it are skipped without it."""
+    folder = Path(os.environ.get("ADAPTIVE_LLAVA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip("no folder with golden tensors and real images (set ADAPTIVE_LLAVA_SHARED)")
+    return folder
