@@ -37,9 +37,9 @@ style: $(ENVIRONMENT)/installed
 check: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m ruff format --check .
 	$(ENVIRONMENT)/bin/python -m ruff check .
-	mkdir -p $(LINKS)
-	ln -sf ../../../adaptive_llava/*.py ../../../adaptive_llava/py.typed $(LINKS)
-	ln -sfn ../../../modeling ../../../processing ../../../training ../../../hub_cards $(LINKS)
+	rm -rf $(LINKS) && mkdir -p $(LINKS)
+	ln -s "$(CURDIR)"/adaptive_llava/*.py "$(CURDIR)"/adaptive_llava/py.typed $(LINKS)
+	for folder in modeling processing training hub_cards; do ln -s "$(CURDIR)/$$folder" $(LINKS); done
 	$(ENVIRONMENT)/bin/python -m mypy
 
 ## Remove the environments, the caches and what a build left behind.

@@ -65,8 +65,8 @@ class Compressor(nn.Module):
         ladder = self.ladder(features.grid)
         lengths = tuple(ladder[rung] for rung in rungs)
         used = sorted(set(rungs))
-        if len(used) == 1:
-            return VisualTokens(self.compress(features, used[0]).flatten(0, 1), lengths)
+        if len(used) <= 1:
+            return VisualTokens(self.compress(features, used[0] if used else 0).flatten(0, 1), lengths)
         groups = [[view for view, chosen in enumerate(rungs) if chosen == rung] for rung in used]
         packed = torch.cat(
             [

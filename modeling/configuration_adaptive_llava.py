@@ -169,6 +169,10 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             output[name] = {key: value for key, value in full[name].items() if key != "_name_or_path"}
         return output
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: `save_pretrained` writes the code and `auto_map` itself."""
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         self.check_options()
         if self.code_repository is None:

@@ -137,6 +137,10 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
             copy_code(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: `save_pretrained` writes the code and `auto_map` itself."""
+
     def get_input_embeddings(self) -> nn.Module:
         return self.get_decoder().get_input_embeddings()
 

@@ -127,7 +127,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
         if input_ids is None:
             raise ValueError("`input_ids` is missing: images need a prompt with their placeholders.")
 
-        pad_token_id = _first_id(kwargs.get("pad_token_id"), config.pad_token_id, config.eos_token_id)
+        pad_token_id = kwargs.get("pad_token_id", config.pad_token_id)
         if attention_mask is None:
             attention_mask = _infer_mask(input_ids, pad_token_id, config.eos_token_id)
         if attention_mask.shape != input_ids.shape:
@@ -146,11 +146,13 @@ class PlaceholderGenerationMixin(GenerationMixin):
             visual_rungs=visual_rungs,
         )
         encoded, compact = batch.encoded, batch.compact
-        lengths = encoded.lengths if compact else (1,) * len(encoded.values)
-        layout = build_layout(batch.input_ids, batch.attention_mask, None, lengths, self.config.image_token_id)
         expanded, mask = batch.input_ids, batch.attention_mask
+        # an expanded row is its own layout: every slot stays where it is, padding too
+        lengths, layout_mask = (encoded.lengths, mask) if compact else ((1,) * len(encoded.values), None)
+        layout = build_layout(expanded, layout_mask, None, lengths, self.config.image_token_id)
         if compact:
-            expanded = layout.expand_ids(expanded, self.config.image_token_id, pad_token_id)
+            filling = _first_id(pad_token_id, config.eos_token_id)
+            expanded = layout.expand_ids(expanded, self.config.image_token_id, filling)
             mask = layout.attention_mask if layout.attention_mask is not None else torch.ones_like(expanded)
         embeds, positions = layout.prefix(encoded.values)
         surplus = expanded.shape[1] - input_ids.shape[1]
@@ -264,11 +266,9 @@ def _first_id(*candidates: Any) -> int:
     return 0
 
 
-def _infer_mask(input_ids: Tensor, pad_token_id: int, eos_token_id: Any) -> Tensor:
+def _infer_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: Any) -> Tensor:
     # as transformers infers it: padding tells itself apart only if it is no end-of-sequence id
     ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if pad_token_id in ends:
+    if pad_token_id is None or pad_token_id in ends:
         return torch.ones_like(input_ids)
     return (input_ids != pad_token_id).long()
-
-

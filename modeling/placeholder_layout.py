@@ -76,6 +76,8 @@ class PlaceholderLayout:
         for row, columns in enumerate(rows):
             positions[row, : len(columns)] = columns
             index[row, : len(columns)] = self.source[row, columns] - self.aligned.numel()
+        if len(visual) == 0:  # a batch without images: one column that no slot takes
+            visual = visual.new_zeros(1, visual.shape[-1])
         return visual[index.to(visual.device)], positions.to(visual.device)
 
     @property

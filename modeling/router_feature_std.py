@@ -62,7 +62,9 @@ class FeatureStdRouter(Router):
                 )
         self.windows = whole_numbers("router.windows", windows, minimum=2) if cuts else ()
         if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not t >= 0 for t in thresholds):
-            raise ValueError(f"`router.thresholds={list(thresholds)!r}` must be numbers >= 0, in units of the features.")
+            raise ValueError(
+                f"`router.thresholds={list(thresholds)!r}` must be numbers >= 0, in units of the features."
+            )
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
 
     def window_spread(self, features: VisionFeatures) -> Tensor:

@@ -28,7 +28,9 @@ def visual_token_ladder(compressor: Mapping[str, Any], grid: Sequence[int]) -> t
     """
     kind = compressor.get("type")
     if kind not in _LADDERS:
-        raise ValueError(f"`compressor.type={kind!r}` has no count ladder. Known types: {', '.join(sorted(_LADDERS))}.")
+        raise ValueError(
+            f"`compressor.type={kind!r}` has no count ladder. Known types: {', '.join(sorted(_LADDERS))}."
+        )
     height, width = grid
     return _LADDERS[kind](compressor, (int(height), int(width)))
 
@@ -138,16 +140,16 @@ def check_rungs(rungs: Sequence[int], ladder: Sequence[int], num_views: int) -> 
     Raises:
         ValueError: The number of rungs is not `num_views`, or one of them is no rung of the ladder.
     """
-    rungs = [int(rung) for rung in rungs]
+    rungs = list(rungs)
     if len(rungs) != num_views:
         raise ValueError(f"`visual_rungs` has {len(rungs)} entries for {num_views} images. Pass one rung per image.")
     for rung in rungs:
-        if not 0 <= rung < len(ladder):
+        if rung not in range(len(ladder)):
             raise ValueError(
                 f"`visual_rungs` contains {rung}, but this model has rungs 0 to {len(ladder) - 1} "
                 f"(token counts {list(ladder)})."
             )
-    return rungs
+    return [int(rung) for rung in rungs]
 
 
 def _identity_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:

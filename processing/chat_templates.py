@@ -6,6 +6,7 @@ by character. The generation prompt is what stands before the marked text, so tr
 
 from __future__ import annotations
 
+
 # An image part stands on its own line: "<image>\nWhat is this?". Text parts are joined as they are.
 _CONTENT = """
 {%- macro content(message) -%}

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES
+from .count_prediction import rungs_known_beforehand
 from .image_loading import flatten_images, load_image, shorten_extreme
 from .prompt_encoding import (
     control_token_pattern,
@@ -29,29 +29,20 @@ from .prompt_encoding import (
     span_mask,
     tokenize,
 )
+from .tower_image_processor import square_image_processor
 
 
 # In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .visual_token_geometry import check_rungs, highest_rung, rungs_for_budget, visual_token_ladder
+    from .visual_token_geometry import highest_rung, visual_token_ladder
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.visual_token_geometry import (
-        check_rungs,
-        highest_rung,
-        rungs_for_budget,
-        visual_token_ladder,
-    )
+    from adaptive_llava.modeling.visual_token_geometry import highest_rung, visual_token_ladder
 
 
 LAYOUTS = ("compact", "expanded")
 INPUT_NAMES = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
-
-# Mean and standard deviation that other towers than CLIP and SigLIP were trained with; ImageNet's if not named here.
-_HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-_NORMALISATION = {"vit": _HALF, "mobilenet": _HALF}
 
 _CALL_OPTIONS = {"visual_token_budget", "visual_rungs", "layout", "allow_urls", "return_mm_token_type_ids"}
 _PROCESSOR_KWARGS = (
@@ -62,10 +53,10 @@ _PROCESSOR_KWARGS = (
 )
 
 
-class AdaptiveLlavaProcessorKwargs(ProcessingKwargs, total=False):
+class AdaptiveLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg, unused-ignore]
     """Call options of the tokenizer and the image processor, with our defaults."""
 
-    _defaults = {"text_kwargs": {"padding": False}}  # type: ignore[misc] # noqa: RUF012, as transformers reads it
+    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012, a TypedDict takes no ClassVar
 
 
 class AdaptiveLlavaProcessor(ProcessorMixin):
@@ -88,7 +79,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads the signature of __init__
-        attributes = ["image_processor", "tokenizer"]  # noqa: RUF012, transformers reads a list
+        attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
 
@@ -113,9 +104,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         self.router = dict(router) if router else None
         self.grid = list(grid) if grid else None
         self.code_repository = code_repository
-        if tokenizer.convert_ids_to_tokens(self.image_token_id) != image_token or tokenizer.encode(
-            image_token, add_special_tokens=False
-        ) != [self.image_token_id]:
+        if not _is_one_token(tokenizer, image_token):
             raise ValueError(
                 f"`image_token={image_token!r}` is not one token of this tokenizer. Use "
                 "`AdaptiveLlavaProcessor.from_config(config, tokenizer)`, which adds it."
@@ -144,7 +133,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                 input size and no `image_processor` is given.
         """
         image_token = options.get("image_token", "<image>")
-        if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(image_token)) != image_token:
+        if not _is_one_token(tokenizer, image_token):
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         token_id = tokenizer.convert_tokens_to_ids(image_token)
         if config.image_token_id != token_id:
@@ -156,7 +145,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             # not the end token where there is a choice: collators mask the padding token in the labels
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         return cls(
-            image_processor if image_processor is not None else _square_image_processor(config.vision_config),
+            image_processor if image_processor is not None else square_image_processor(config.vision_config),
             tokenizer,
             chat_template=chat_template,
             compressor=config.compressor,
@@ -378,36 +367,11 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         self, number: int, budget: Any, rungs: Sequence[int] | None
     ) -> tuple[list[int] | None, list[int] | None]:
         """Tokens and rung of each image, or (None, None) if only the router can tell."""
-        if budget is not None and rungs is not None:
-            raise ValueError(
-                f"`visual_token_budget={budget!r}` and `visual_rungs={rungs!r}` were both given. Pass one of them: "
-                "rungs replay an exact choice, a budget makes one."
-            )
         if self.compressor is None and budget is None and rungs is None:
             return None, None
         ladder = self._ladder()
-        router = self.router or {}
-        if rungs is not None:
-            chosen = check_rungs([rungs] * number if isinstance(rungs, int) else list(rungs), ladder, number)
-        elif isinstance(budget, Mapping):
-            if len(budget) != 1 or not set(budget) <= {"ceiling", "total"}:
-                raise ValueError(
-                    f"`visual_token_budget={dict(budget)!r}` is not understood. As a dict, pass {{'ceiling': n}} "
-                    "or {'total': n}."
-                )
-            if "total" in budget or router.get("type") != "fixed":
-                return None, None
-            top = min(highest_rung(ladder, budget["ceiling"]), range(len(ladder))[router.get("rung", -1)])
-            chosen = [top] * number
-        elif budget is None or budget == "auto":
-            if router.get("type") != "fixed":
-                return None, None
-            chosen = [range(len(ladder))[router.get("rung", -1)]] * number
-        elif isinstance(budget, str):
-            raise ValueError(f"`visual_token_budget={budget!r}` is unknown. Pass a number of tokens or 'auto'.")
-        else:
-            chosen = rungs_for_budget(budget, ladder, number)
-        return [ladder[rung] for rung in chosen], chosen
+        chosen = rungs_known_beforehand(self.router or {}, ladder, number, budget, rungs)
+        return (None, None) if chosen is None else ([ladder[rung] for rung in chosen], chosen)
 
     def _check_images_match(self, texts: list[str], num_images: int, rows: list[int] | None) -> None:
         if rows is not None and len(rows) != len(texts):
@@ -504,6 +468,13 @@ def _check_layout(layout: str) -> str:
     return layout
 
 
+def _is_one_token(tokenizer: Any, token: str) -> bool:
+    token_id = tokenizer.convert_tokens_to_ids(token)  # None or the unknown token's if there is none
+    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
+        return False
+    return tokenizer.encode(token, add_special_tokens=False) == [token_id]
+
+
 def _check_texts(text: Any) -> list[str]:
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(prompt, str) for prompt in texts):
@@ -513,27 +484,6 @@ def _check_texts(text: Any) -> list[str]:
 
 def _only_counts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("visual_token_budget", "visual_rungs") if key in kwargs}
-
-
-def _square_image_processor(vision_config: Any) -> Any:
-    size = getattr(vision_config, "image_size", None)
-    if size is None:
-        raise ValueError(
-            f"`vision_config` of type {vision_config.model_type!r} does not tell the input size of the tower. Pass "
-            "`image_processor`."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    options: dict[str, Any] = {"size": {"height": height, "width": width}}
-    kind = vision_config.model_type
-    name = "SiglipImageProcessor" if kind.startswith("siglip") else "CLIPImageProcessor"
-    if name == "CLIPImageProcessor":
-        options["do_center_crop"] = False
-        if not kind.startswith("clip"):
-            family = next((family for family in _NORMALISATION if kind.startswith(family)), None)
-            options["image_mean"], options["image_std"] = _NORMALISATION.get(family or "", _IMAGENET)
-    # transformers 5 keeps the PIL back end, which needs no torchvision, under its own name
-    processor_class = getattr(transformers, name + "Pil", None) or getattr(transformers, name)
-    return processor_class(**options)
 
 
 def _make_tokenizer_config_portable(path: Path) -> None:

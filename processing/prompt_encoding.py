@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -14,7 +14,7 @@ from typing import Any
 TEXT_MARK = "\ufdd0"
 
 
-def control_token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+def control_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches any of a tokenizer's control tokens, the longest first."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)")
 
@@ -131,11 +131,8 @@ def tokenize(tokenizer: Any, texts: list[str], text_kwargs: dict[str, Any]) -> d
         for key, rows in encoded.items()
     }
     offsets = data.pop("offset_mapping")
-    padded = dict(
-        tokenizer.pad(
-            data, padding=text_kwargs.get("padding") or False, max_length=text_kwargs.get("max_length"), **padding
-        )
-    )
+    strategy, max_length = text_kwargs.get("padding") or False, text_kwargs.get("max_length")
+    padded = dict(tokenizer.pad(data, padding=strategy, max_length=max_length, **padding)) if strategy else data
     if text_kwargs.get("return_offsets_mapping"):
         left = (padding["padding_side"] or tokenizer.padding_side) == "left"
         fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]

@@ -35,10 +35,11 @@ DIGITS = tuple("0123456789")
 GRID = 4  # cells per side; the models built for these images have one patch per cell
 CELL = 16  # pixels per side of a cell
 IMAGE_SIZE = GRID * CELL
-NO_GLYPH = len(DIGITS)  # the glyph class of a patch that shows no digit
+PATCH_CONTENTS = (*DIGITS, *SHAPES, "background")  # what a patch can show, by class number
 CELL_NAMES = tuple(f"{row}{column}" for row in "ABCD"[:GRID] for column in range(1, GRID + 1))
 
 _OVERSAMPLING = 2  # shapes are drawn larger and reduced, for smooth edges
+_VISIBLE_SHARE = 0.15  # a shape counts as seen in a cell of which it covers more than this
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class RenderedImage:
         image: RGB picture, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
         kind: One of `KINDS`.
         questions: All `(question, answer)` pairs that can be asked about it.
-        glyphs: Digit shown in each patch, row-major, `NO_GLYPH` where there is none, `(GRID * GRID,)`.
+        patch_contents: What each cell shows, as an index into `PATCH_CONTENTS`, row-major, `(GRID * GRID,)`.
     """
 
     image: Image.Image
     kind: str
     questions: tuple[tuple[str, str], ...]
-    glyphs: tuple[int, ...]
+    patch_contents: tuple[int, ...]
 
 
 def render_images(count: int, *, seed: int, kinds: Sequence[str] = KINDS) -> list[RenderedImage]:
@@ -86,16 +87,16 @@ def vocabulary() -> list[str]:
 
 
 def _ask(what: str, place: str | None = None) -> str:
-    return f"which {what} ?" if place is None else f"which {what} at {place} ?"
+    return f"which {what}" if place is None else f"which {what} at {place}"
 
 
 def _draw_scene(rng: np.random.Generator) -> RenderedImage:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
     radius = rng.uniform(15, 24)
     centre = rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, size=2)
-    picture = _draw_shapes(_soft_background(rng), [(shape, colour, centre, radius)])
+    picture, patch_contents = _draw_shapes(_soft_background(rng), [(shape, colour, centre, radius)])
     questions = ((_ask("colour"), colour), (_ask("shape"), shape))
-    return RenderedImage(picture, "scene", questions, (NO_GLYPH,) * GRID**2)
+    return RenderedImage(picture, "scene", questions, patch_contents)
 
 
 def _draw_collage(rng: np.random.Generator) -> RenderedImage:
@@ -108,8 +109,8 @@ def _draw_collage(rng: np.random.Generator) -> RenderedImage:
         centre = corner + rng.uniform(radius + 1, half - radius - 1, size=2)
         shapes.append((shape, colour, centre, radius))
         questions.append((_ask("colour", place), colour))
-    picture = _draw_shapes(_soft_background(rng), shapes)
-    return RenderedImage(picture, "collage", tuple(questions), (NO_GLYPH,) * GRID**2)
+    picture, patch_contents = _draw_shapes(_soft_background(rng), shapes)
+    return RenderedImage(picture, "collage", tuple(questions), patch_contents)
 
 
 def _draw_document(rng: np.random.Generator) -> RenderedImage:
@@ -142,14 +143,17 @@ def _soft_background(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _draw_shapes(picture: Image.Image, shapes: list) -> Image.Image:
-    """Draws `(shape, colour, centre, radius)` entries, in pixels of the finished image."""
+def _draw_shapes(picture: Image.Image, shapes: list) -> tuple[Image.Image, tuple[int, ...]]:
+    """Draws `(shape, colour, centre, radius)` entries, in pixels of the finished image, and says which cell shows what."""
     size = IMAGE_SIZE * _OVERSAMPLING
+    contents = np.full(GRID**2, PATCH_CONTENTS.index("background"))
     for shape, colour, centre, radius in shapes:
         stencil = Image.new("L", (size, size))
         _fill(ImageDraw.Draw(stencil), shape, np.asarray(centre) * _OVERSAMPLING, radius * _OVERSAMPLING)
         picture.paste(COLOURS[colour], (0, 0), stencil.reduce(_OVERSAMPLING))
-    return picture
+        coverage = np.asarray(stencil.reduce(CELL * _OVERSAMPLING)).reshape(-1) / 255
+        contents[coverage > _VISIBLE_SHARE] = PATCH_CONTENTS.index(shape)
+    return picture, tuple(int(content) for content in contents)
 
 
 def _fill(draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float) -> None:

@@ -1,0 +1,239 @@
+"""The laws every compressor obeys, one hand-computed case each, and the authors' own outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptive_llava.modeling.compressor_average_pool import AveragePoolCompressor
+from adaptive_llava.modeling.compressor_base import Compressor
+from adaptive_llava.modeling.compressor_identity import IdentityCompressor
+from adaptive_llava.modeling.compressor_registry import COMPRESSORS
+from adaptive_llava.modeling.compressor_token_concat import TokenConcatCompressor
+from adaptive_llava.modeling.option_schema import build_part
+from adaptive_llava.modeling.visual_token_geometry import visual_token_ladder
+from adaptive_llava.modeling.visual_tokens import VisionFeatures
+from tests.conftest import TINY_COMPRESSORS
+
+
+pytestmark = pytest.mark.compat
+
+DIM = 8
+GRIDS = [(6, 6), (7, 5), (3, 8)]
+every_compressor = pytest.mark.parametrize("name", TINY_COMPRESSORS)
+
+
+def build(name: str) -> Compressor:
+    torch.manual_seed(0)
+    return build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[name], DIM).eval()
+
+
+def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0, dim: int = DIM) -> VisionFeatures:
+    generator = torch.Generator().manual_seed(seed)
+    return VisionFeatures(
+        patches=torch.randn(views, grid[0] * grid[1], dim, generator=generator),
+        grid=grid,
+        cls=torch.randn(views, dim, generator=generator),
+        pixels=torch.randn(views, 3, 8, 8, generator=generator),
+        views_per_image=(1,) * views,
+    )
+
+
+def mixed_rungs(compressor: Compressor, views: int) -> list[int]:
+    """Every rung occurs, out of order."""
+    return [(views - 1 - view) * 2 % compressor.num_rungs for view in range(views)]
+
+
+@every_compressor
+@pytest.mark.parametrize("grid", GRIDS)
+def test_compress_gives_what_the_ladder_promises(name, grid):
+    compressor = build(name)
+    ladder = compressor.ladder(grid)
+    assert len(ladder) == compressor.num_rungs
+    assert list(ladder) == sorted(ladder)
+    assert ladder == visual_token_ladder(compressor.options, grid)
+    for rung, count in enumerate(ladder):
+        tokens = compressor.compress(features(2, grid), rung)
+        assert tokens.shape == (2, count, compressor.output_dim)
+        token_grid = compressor.grid_after(grid, rung)
+        assert token_grid is None or token_grid[0] * token_grid[1] == count
+
+
+@every_compressor
+def test_forward_packs_each_view_at_its_own_rung_in_the_given_order(name):
+    compressor = build(name)
+    views = features(7)
+    rungs = mixed_rungs(compressor, 7)
+    tokens = compressor(views, rungs)
+    ladder = compressor.ladder(views.grid)
+    assert tokens.lengths == tuple(ladder[rung] for rung in rungs)
+    pieces = tokens.values.split(tokens.lengths)
+    for view, (rung, piece) in enumerate(zip(rungs, pieces, strict=True)):
+        assert torch.equal(piece, compressor.compress(views.select([view]), rung)[0])
+
+
+@every_compressor
+def test_tokens_of_a_view_do_not_depend_on_its_batch(name):
+    compressor = build(name)
+    views = features(5)
+    rungs = mixed_rungs(compressor, 5)
+    together = compressor(views, rungs)
+    pieces = together.values.split(together.lengths)
+    for view in range(5):
+        alone = compressor(views.select([view]), [rungs[view]])
+        torch.testing.assert_close(alone.values, pieces[view], rtol=0, atol=1e-6)
+
+
+@every_compressor
+def test_no_views_give_no_tokens(name):
+    compressor = build(name)
+    tokens = compressor(features(0), [])
+    assert tokens.lengths == () and tokens.values.shape == (0, compressor.output_dim)
+
+
+@every_compressor
+def test_gradients_reach_the_patches_and_every_parameter(name):
+    compressor = build(name).train()
+    views = features(6)
+    views.patches.requires_grad_(True)
+    compressor(views, mixed_rungs(compressor, 6)).values.square().sum().backward()
+    assert (views.patches.grad.abs().sum(dim=(1, 2)) > 0).all()
+    for parameter_name, parameter in compressor.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_and_keeps_its_type(name, dtype):
+    compressor = build(name).to(dtype)
+    views = features(4)
+    exact = build(name)(views, mixed_rungs(compressor, 4))
+    halved = VisionFeatures(views.patches.to(dtype), views.grid, None, views.pixels, views.views_per_image)
+    tokens = compressor(halved, mixed_rungs(compressor, 4))
+    assert tokens.values.dtype == dtype
+    torch.testing.assert_close(tokens.values.float(), exact.values, rtol=0.02, atol=0.03)
+
+
+@every_compressor
+def test_autocast_on_the_cpu_runs_and_stays_close(name):
+    compressor = build(name)
+    views, rungs = features(4), mixed_rungs(compressor, 4)
+    exact = compressor(views, rungs).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = compressor(views, rungs).values
+    torch.testing.assert_close(cast.float(), exact, rtol=0.02, atol=0.05)
+
+
+@every_compressor
+def test_saved_weights_and_options_give_the_same_bits(name, tmp_path):
+    compressor = build(name)
+    save_file(compressor.state_dict(), tmp_path / "weights.safetensors")
+    again = build_part("compressor", COMPRESSORS, compressor.options, DIM).eval()
+    again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    views, rungs = features(4), mixed_rungs(compressor, 4)
+    assert torch.equal(again(views, rungs).values, compressor(views, rungs).values)
+
+
+@every_compressor
+def test_options_written_out_build_the_same_compressor(name):
+    compressor = build(name)
+    assert set(compressor.options) >= set(TINY_COMPRESSORS[name])
+    assert build_part("compressor", COMPRESSORS, compressor.options, DIM).options == compressor.options
+    assert COMPRESSORS[name].type_name == name
+
+
+def test_identity_returns_the_patches_untouched():
+    views = features(3)
+    tokens = IdentityCompressor(DIM)(views, [0, 0, 0])
+    assert torch.equal(tokens.values, views.patches.flatten(0, 1)) and tokens.lengths == (36, 36, 36)
+
+
+def test_pooling_averages_whole_windows_and_drops_the_rest():
+    # a 3x5 grid of 0..14; factor 2 leaves one row of two windows
+    patches = torch.arange(15.0).view(1, 15, 1)
+    views = VisionFeatures(patches, (3, 5), None, torch.zeros(1, 3, 8, 8), (1,))
+    pool = AveragePoolCompressor(1, factors=[1, 2, 3])
+    assert pool.ladder((3, 5)) == (1, 2, 15)
+    assert pool.compress(views, 1).flatten().tolist() == [(0 + 1 + 5 + 6) / 4, (2 + 3 + 7 + 8) / 4]
+    assert pool.compress(views, 0).flatten().tolist() == [(0 + 1 + 2 + 5 + 6 + 7 + 10 + 11 + 12) / 9]
+    assert pool.compress(views, 2).flatten().tolist() == list(range(15))
+
+
+def test_pooling_equals_a_loop_over_windows_on_any_grid():
+    for grid in GRIDS:
+        views = features(2, grid)
+        pool = AveragePoolCompressor(DIM, factors=[1, 2, 3])
+        patch_map = views.patches.numpy().reshape(2, *grid, DIM)
+        for rung, factor in enumerate((3, 2, 1)):
+            rows, columns = grid[0] // factor, grid[1] // factor
+            expected = np.stack(
+                [
+                    patch_map[:, r * factor : (r + 1) * factor, c * factor : (c + 1) * factor].mean(axis=(1, 2))
+                    for r in range(rows)
+                    for c in range(columns)
+                ],
+                axis=1,
+            )
+            np.testing.assert_allclose(pool.compress(views, rung).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_concatenation_lists_each_channels_window_row_by_row():
+    # two channels: patch p holds (p, 100 + p) on a 2x4 grid
+    patches = torch.stack([torch.arange(8.0), 100 + torch.arange(8.0)], dim=-1).unsqueeze(0)
+    views = VisionFeatures(patches, (2, 4), None, torch.zeros(1, 3, 8, 8), (1,))
+    tokens = TokenConcatCompressor(2, window=2).compress(views, 0)
+    assert tokens.tolist() == [[[0, 1, 4, 5, 100, 101, 104, 105], [2, 3, 6, 7, 102, 103, 106, 107]]]
+
+
+def test_a_linear_layer_on_joined_windows_is_a_strided_convolution():
+    views = features(2)
+    convolution = torch.nn.Conv2d(DIM, 5, kernel_size=2, stride=2)
+    linear = torch.nn.Linear(4 * DIM, 5)
+    linear.load_state_dict({"weight": convolution.weight.detach().flatten(1), "bias": convolution.bias.detach()})
+    maps = views.patches.transpose(1, 2).unflatten(2, (6, 6))
+    joined = TokenConcatCompressor(DIM, window=2).compress(views, 0)
+    torch.testing.assert_close(linear(joined), convolution(maps).flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("factor", "tokens"), [(24, 1), (8, 9), (4, 36), (3, 64), (2, 144), (1, 576)])
+def test_pooling_equals_the_code_of_matryoshka_models(shared, factor, tokens):
+    golden = load_file(shared / "golden" / "m3" / "avgpool_scales.safetensors")
+    patches = golden["input.projected_features"]
+    views = VisionFeatures(patches, (24, 24), None, torch.zeros(2, 3, 8, 8), (1, 1))
+    pool = AveragePoolCompressor(patches.shape[-1], factors=[factor])
+    torch.testing.assert_close(pool.compress(views, 0), golden[f"output.tokens_{tokens}"], rtol=0, atol=1e-6)
+
+
+def test_concatenation_orders_a_window_as_the_code_of_llava_stf(shared):
+    golden = load_file(shared / "golden" / "stf" / "stf_k2_m1.safetensors")
+    patches = golden["input.features"]
+    side = int(patches.shape[1] ** 0.5)
+    views = VisionFeatures(patches, (side, side), None, torch.zeros(2, 3, 8, 8), (1, 1))
+    joined = TokenConcatCompressor(patches.shape[-1], window=2).compress(views, 0)
+    assert torch.equal(joined, golden["output.windows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "average_pool", "factors": []}, r"`compressor.factors=\[\]` must be a non-empty list"),
+        ({"type": "average_pool", "factors": 2}, r"`compressor.factors=2` must be a non-empty list"),
+        ({"type": "average_pool", "factors": [0, 2]}, r"whole numbers >= 1"),
+        ({"type": "average_pool", "factors": [1.5]}, r"whole numbers >= 1"),
+        ({"type": "average_pool", "factors": [True]}, r"whole numbers >= 1"),
+        ({"type": "average_pool", "factors": [3, 2, 1]}, r"must rise strictly"),
+        ({"type": "average_pool", "factors": [2, 2]}, r"must rise strictly"),
+        ({"type": "average_pool", "window": 2}, r"no option 'window'. Known options: factors, strict_tiling"),
+        ({"type": "token_concat", "window": 0}, r"`compressor.window=\[0\]` must be"),
+        ({"type": "token_concat", "window": "2"}, r"must be a non-empty list of whole numbers"),
+        ({"type": "identity", "factors": [1]}, r"has no option 'factors'. Known options: none"),
+        ({"type": "pool"}, r"`compressor.type='pool'` is unknown. Known types: average_pool, identity, token_concat"),
+        ({"factors": [1]}, r"must be a dict with a 'type': one of average_pool, identity, token_concat"),
+        ("average_pool", r"must be a dict with a 'type'"),
+    ],
+)
+def test_options_that_make_no_compressor_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_part("compressor", COMPRESSORS, options, DIM)

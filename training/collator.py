@@ -1,0 +1,70 @@
+"""Batches for fine-tuning: TRL's vision collator, with what it leaves out for models like ours.
+
+Shapes: rows -> `input_ids (B, L)`, `attention_mask (B, L)`, `labels (B, L)`, `pixel_values (N, 3, S, S)`, padded right
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_llava.training.conversation_data import read_example
+
+
+class ConversationCollator:
+    """Wraps the collator that `SFTTrainer` has built, and changes four things.
+
+    * Image placeholders are no labels. TRL scores the backbone's outputs itself, past the masking in our `forward`,
+      and would train the model to write one `<image>` per image.
+    * Rows begin as they do in generation: TRL never writes the BOS token that LLaMA's tokenizers add.
+    * A plain-text `completion` ends with the EOS token, as TRL does for text-only datasets.
+    * `<image>` in a user's string stands for an image; see `read_example`.
+
+    Args:
+        collate: TRL's collator.
+        processor: The model's processor.
+        visual_token_budget: Visual tokens per image in place of the router's choice.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        processor: Any,
+        *,
+        visual_token_budget: int | None = None,
+    ):
+        self.collate = collate
+        self.processor = processor
+        self.visual_token_budget = visual_token_budget
+        tokenizer = processor.tokenizer
+        ids = tokenizer("a")["input_ids"]
+        self._bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate([self._with_eos(read_example(example)) for example in examples])
+        if self._bos is not None and not (batch["input_ids"][:, 0] == self._bos).all():
+            for name, value in {
+                "input_ids": self._bos,
+                "attention_mask": 1,
+                "labels": -100,
+                "mm_token_type_ids": 0,
+            }.items():
+                if name in batch:
+                    batch[name] = _prepend(batch[name], value)
+        batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.processor.image_token_id, -100)
+        if self.visual_token_budget is not None and "pixel_values" in batch:
+            batch["visual_token_budget"] = self.visual_token_budget
+        return batch
+
+    def _with_eos(self, example: dict[str, Any]) -> dict[str, Any]:
+        completion, eos = example.get("completion"), self.processor.tokenizer.eos_token
+        if isinstance(completion, str) and eos and not completion.endswith(eos):
+            example["completion"] = completion + eos
+        return example
+
+
+def _prepend(rows: Tensor, value: int) -> Tensor:
+    return torch.cat([rows.new_full((rows.shape[0], 1), value), rows], dim=1)

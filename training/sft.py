@@ -1,0 +1,211 @@
+"""Fine-tune an adaptive LLaVA model with TRL's `SFTTrainer`, with LoRA or in full.
+
+    python -m adaptive_llava.training.sft --config training/recipes/lora.yaml \\
+        --model_name_or_path org/model --dataset_name org/data --output_dir out/my-model
+
+Every option of TRL's `SFTConfig` and `ModelConfig` may stand in the recipe or on the command line, which wins. LoRA
+adapts the linear layers of the language model (`--lora_target_modules all-linear`); the projector and what a
+compressor or router learns are trained in full beside it; the vision tower stays frozen unless
+`--freeze_vision_tower false`.
+`--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--resume_from_checkpoint last`
+goes on from the newest checkpoint in `output_dir`.
+
+A dataset is a Hub id, a folder, or a parquet or json file with `images` and either `messages`, or `prompt` and
+`completion`. Loss: all text, the completion alone (the default for `prompt` and `completion`), or what the assistant
+says (`--assistant_only_loss`, transformers >= 5.18); never the image placeholders.
+
+TRL's own command also works on a saved checkpoint: `trl sft --model_name_or_path DIR --trust_remote_code true
+--max_length 4096 ...`. It differs: one label per image stands at the `<image>` placeholder unless the loss is on
+completions or assistants only; rows never begin with the BOS token and a plain-text completion has no EOS token;
+`all-linear` also adapts the vision tower and leaves the projector with an adapter; nothing is frozen in full training;
+image paths in json files are relative to the working directory; `compressor_trained` is not set.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
+from adaptive_llava.training.collator import ConversationCollator
+from adaptive_llava.training.conversation_data import Rows, load_conversations
+from adaptive_llava.training.lora_targets import (
+    freeze_vision_tower,
+    fully_trained_modules,
+    language_model_targets,
+    trains_visual_parts,
+)
+from adaptive_llava.training.merge import merge_adapter
+
+
+@dataclass
+class SftArguments(ScriptArguments):
+    """Dataset and what is particular to these models.
+
+    Args:
+        eval_dataset_name: Dataset to evaluate on; by default the `dataset_test_split` of `dataset_name`.
+        freeze_vision_tower: Leave the vision tower as it is.
+        visual_token_budget: Visual tokens per image in training and evaluation, in place of the router's choice.
+        merge: Merge the LoRA adapter after training and save the full model as `<output_dir>/merged`.
+    """
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset to evaluate on; by default a split of `dataset_name`."}
+    )
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Leave the vision tower as it is."})
+    visual_token_budget: int | None = field(
+        default=None, metadata={"help": "Visual tokens per image in place of the router's choice."}
+    )
+    merge: bool = field(default=False, metadata={"help": "Also save the merged model as `<output_dir>/merged`."})
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[SftArguments, SFTConfig, ModelConfig]:
+    """Read recipe and command line; our defaults differ from TRL's where a vision model needs it."""
+    parser = TrlParser((SftArguments, SFTConfig, ModelConfig), prog="python -m adaptive_llava.training.sft")
+    parser.set_defaults(max_length=None)  # a limit would cut placeholders off
+    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        parser.set_defaults(bf16=False)
+    return parser.parse_args_and_config(arguments)
+
+
+def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfig) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: An argument is missing, or two do not go together.
+    """
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", script.dataset_name)):
+        if not value:
+            raise ValueError(f"`{name}` is missing. Pass --{name} on the command line, or write it into the recipe.")
+    if training.assistant_only_loss and Version(transformers.__version__) < Version("5.18.0.dev0"):
+        raise ValueError(
+            f"`assistant_only_loss=True` needs transformers >= 5.18 for images; this is {transformers.__version__}. "
+            "Upgrade, or use a dataset with `prompt` and `completion`, whose loss is on the completion alone."
+        )
+    if script.merge and not model.use_peft:
+        raise ValueError(
+            "`merge=True` merges a LoRA adapter, but `use_peft` is false: the saved model is already full."
+        )
+    if script.merge and (Path(training.output_dir) / "merged").exists():
+        raise ValueError(
+            f"`merge=True` would write {training.output_dir}/merged, which is already there. Remove it, or choose "
+            "another `output_dir`."
+        )
+
+
+def build_trainer(
+    model: AdaptiveLlavaForConditionalGeneration,
+    processor: AdaptiveLlavaProcessor,
+    training: SFTConfig,
+    train_dataset: Rows,
+    eval_dataset: Rows | None = None,
+    *,
+    model_arguments: ModelConfig | None = None,
+    train_vision_tower: bool = False,
+    visual_token_budget: int | None = None,
+) -> SFTTrainer:
+    """A stock `SFTTrainer` with this package's LoRA targets, frozen parts and collator.
+
+    Args:
+        model: The model to train.
+        processor: Its processor.
+        training: TRL's configuration.
+        train_dataset: Rows as `load_conversations` gives them.
+        eval_dataset: Rows to evaluate on.
+        model_arguments: Use LoRA if its `use_peft` is set.
+        train_vision_tower: Train the vision tower too.
+        visual_token_budget: Visual tokens per image in place of the router's choice.
+
+    Raises:
+        ValueError: A budget below the smallest count, unknown LoRA targets, or what TRL refuses.
+    """
+    smallest = model.config.visual_token_counts[0]
+    if visual_token_budget is not None and visual_token_budget < smallest:
+        raise ValueError(
+            f"`visual_token_budget={visual_token_budget}` is below the smallest count this model can produce "
+            f"({smallest} tokens). Pass at least {smallest}, or leave it out for the router's choice."
+        )
+    peft_config = get_peft_config(model_arguments) if model_arguments is not None else None
+    if peft_config is not None:
+        peft_config.target_modules = language_model_targets(model, model_arguments.lora_target_modules)
+        own = fully_trained_modules(model, vision_tower=train_vision_tower)
+        peft_config.modules_to_save = [*own, *(peft_config.modules_to_save or [])] or None
+    elif not train_vision_tower:
+        freeze_vision_tower(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.data_collator = ConversationCollator(
+        trainer.data_collator, processor, visual_token_budget=visual_token_budget
+    )
+    if trains_visual_parts(trainer.model):
+        model.config.compressor_trained = True  # of what is saved from now on
+    return trainer
+
+
+def main(arguments: list[str] | None = None) -> SFTTrainer:
+    """Train as the recipe and the command line say."""
+    script, training, model_arguments = parse_arguments(arguments)
+    check_arguments(script, training, model_arguments)
+    name, revision = model_arguments.model_name_or_path, model_arguments.model_revision
+    data = {"config": script.dataset_config, "streaming": script.dataset_streaming}
+    train_dataset = load_conversations(script.dataset_name, split=script.dataset_train_split, **data)
+    eval_dataset = None
+    if training.eval_strategy != "no":
+        source = script.eval_dataset_name or script.dataset_name
+        eval_dataset = load_conversations(source, split=script.dataset_test_split, **data)
+
+    loading: dict[str, Any] = {"revision": revision, "dtype": model_arguments.dtype}
+    quantization = get_quantization_config(model_arguments)
+    model = AdaptiveLlavaForConditionalGeneration.from_pretrained(
+        name, attn_implementation=model_arguments.attn_implementation, quantization_config=quantization, **loading
+    )
+    trainer = build_trainer(
+        model,
+        AdaptiveLlavaProcessor.from_pretrained(name, revision=revision),
+        training,
+        train_dataset,
+        eval_dataset,
+        model_arguments=model_arguments,
+        train_vision_tower=not script.freeze_vision_tower,
+        visual_token_budget=script.visual_token_budget,
+    )
+    resume = training.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true") else resume)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    if eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.print(f"Saved {training.output_dir}")
+    if script.merge and trainer.is_world_process_zero():
+        folder = merge_adapter(training.output_dir, os.path.join(training.output_dir, "merged"), base=name, **loading)
+        print(f"Saved {folder}")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
