@@ -12,6 +12,8 @@ LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
 
 # One thread per test process: two processes that each start a thread per core only get in each other's way.
 TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+# The interpreter of the other environment, if it is there: checkpoints saved by one are loaded by the other.
+other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
 .PHONY: quickstart test test-transformers-4 style check clean
@@ -22,11 +24,11 @@ quickstart: $(ENVIRONMENT)/installed
 
 ## All tests.
 test: $(ENVIRONMENT)/installed
-	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python $(PYTEST) $(PYTEST_ARGS)
+	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT_4)) $(ENVIRONMENT)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 ## The compatibility tests, with transformers 4.57.
 test-transformers-4: $(ENVIRONMENT_4)/installed
-	$(TEST_SETTINGS) $(ENVIRONMENT_4)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
+	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT)) $(ENVIRONMENT_4)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
 
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed

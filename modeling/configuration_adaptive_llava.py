@@ -133,7 +133,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             compressor = self.build_compressor()
             router = self.build_router(compressor)
         self.compressor, self.router = compressor.options, router.options
-        compressor.ladder((self.vision_grid[0], self.vision_grid[1]))
+        grid = (self.vision_grid[0], self.vision_grid[1])
+        compressor.ladder(grid)
+        router.check_grid(grid)
 
     @property
     def feature_dim(self) -> int:

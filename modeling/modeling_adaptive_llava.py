@@ -1,7 +1,7 @@
 """LLaVA-style models that decide per image how many visual tokens to spend.
 
-Order of work: vision tower -> router -> resolve_rungs -> compressor -> projector -> splice -> language model -> gather.
-Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
+Order of work: vision tower -> router -> resolve_rungs -> compressor -> projector -> splice -> language model ->
+gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .code_files import copy_code
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
 from .placeholder_generation import PlaceholderGenerationMixin
-from .placeholder_layout import PlaceholderLayout, build_layout
+from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .vision_tower_features import extract_features, unwrap_tower
-from .visual_tokens import Budget, Routing, VisionFeatures, resolve_rungs, to_host
+from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
 
 
 logger = logging.get_logger(__name__)
@@ -312,7 +312,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         text = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
-        layout, encoded = None, None
+        layout, encoded, host_positions = None, None, position_ids
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None  # a share of a batch that got no images
         if pixel_values is not None or encoded_images is not None:
             ids = input_ids if input_ids is not None else self._ids_of_embeddings(text)
             batch = self.encode_batch(
@@ -325,7 +327,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 visual_token_budget=visual_token_budget,
                 visual_rungs=visual_rungs,
             )
-            encoded = batch.encoded
+            encoded, host_positions = batch.encoded, batch.position_ids
             layout = self._layout(batch, past_key_values)
             rows = layout.splice(text, encoded.values)
             if batch.compact:
@@ -334,16 +336,20 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                     for tensor in (layout.attention_mask, layout.position_ids)
                 )
                 kwargs = {name: value for name, value in kwargs.items() if name not in _COMPACT_ONLY}
-                if layout.packed:
-                    kwargs["use_cache"] = False  # segments of one row share no cache
             else:
                 layout = None
         elif prefix_embeds is not None:
             cached = 0 if past_key_values is None else past_key_values.get_seq_length()
             rows = _insert_prefix(text, prefix_embeds, prefix_positions - cached)
         else:
+            check_no_images(visual_token_budget, visual_rungs)
             rows = text + self._unused_visual_parameters(text) if self.training else text
         kwargs.pop("mm_token_type_ids", None)
+        if past_key_values is None and attention_mask is None and holds_segments(host_positions):
+            kwargs["use_cache"] = False  # segments of one row share no cache, and a cache would hide them
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # count attended slots in every layout, so that rows of one cache agree
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -rows.shape[1] :]
 
         outputs = self.language_model(
             inputs_embeds=rows,
@@ -388,7 +394,11 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def _compress(self, features: VisionFeatures, routing: Routing, rungs: list[int]) -> EncodedImages:
         tokens = self.compressor(features, rungs)
-        values = tokens.values if self.multi_modal_projector is None else self.multi_modal_projector(tokens.values)
+        values = tokens.values
+        if self.multi_modal_projector is not None:
+            # the backbones may have been loaded in different precisions
+            dtype = next(self.multi_modal_projector.parameters()).dtype
+            values = self.multi_modal_projector(values.to(dtype))
         return EncodedImages(values, tokens.lengths, tuple(rungs), routing.scores, features.views_per_image)
 
     def _is_compact(self, input_ids: Tensor, lengths: Sequence[int]) -> bool:
@@ -458,15 +468,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             return 0.0
         height, width = self.config.vision_grid
         if trainable[0]:
-            size = self.config.vision_config.image_size
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            features = self.extract_features(torch.zeros(1, 3, *size, device=text.device))
+            features = self.extract_features(torch.zeros(1, 3, *_input_size(self.vision_tower), device=text.device))
         else:
             dtype = next(self.vision_tower.parameters()).dtype
             patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)
             features = VisionFeatures(patches, (height, width), patches[:, 0], patches.new_zeros(1, 3, 1, 1), (1,))
         encoded = self._compress(features, self.router(features), [self.compressor.num_rungs - 1])
-        return (encoded.values.sum() * 0).to(text)
+        return (encoded.values * 0).sum().to(text)  # each value first: their sum may overflow
 
 
 class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, PlaceholderGenerationMixin):
@@ -510,11 +518,17 @@ class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, Placeh
                 "Use `from_backbones(vision, text)` for other parts."
             )
         tower = unwrap_tower(model.model.vision_tower)
-        has_prefix = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+        embeddings = getattr(tower, "embeddings", None)
+        has_prefix = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
         if source.vision_feature_select_strategy == "full" and has_prefix:
             raise ValueError(
                 "`vision_feature_select_strategy='full'` keeps the [CLS] token among the patches, which then form no "
                 "grid to compress. Fine-tune with 'default', or use a tower without [CLS]."
+            )
+        if source.vision_feature_select_strategy != "full" and not has_prefix:
+            raise ValueError(
+                f"`vision_feature_select_strategy={source.vision_feature_select_strategy!r}` drops the first patch of "
+                "a tower without [CLS], and the others form no grid to compress. Fine-tune with 'full'."
             )
         image_token_id = getattr(source, "image_token_id", None) or source.image_token_index
         config = AdaptiveLlavaConfig.from_preset(
@@ -740,16 +754,18 @@ def _insert_prefix(text: Tensor, prefix: Tensor, columns: Tensor) -> Tensor:
     return torch.where(source >= 0, inserted, text)
 
 
+def _input_size(tower: nn.Module) -> tuple[int, int]:
+    size = getattr(tower.config, "image_size", 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     # a convolutional tower's config does not tell its width and grid: look at one black image
     layer = fields.get("vision_feature_layer", -2)
-    size = getattr(tower.config, "image_size", 224)
-    size = (size, size) if isinstance(size, int) else tuple(size)
     parameter = next(tower.parameters())
     with torch.no_grad():
-        features = extract_features(
-            tower, torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype), layer
-        )
+        image = torch.zeros(1, 3, *_input_size(tower), device=parameter.device, dtype=parameter.dtype)
+        features = extract_features(tower, image, layer)
     layers = 1 if isinstance(layer, int) else len(layer)
     return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 
-from .placeholder_layout import build_layout
+from .placeholder_layout import PlaceholderLayout, build_layout
+from .visual_tokens import check_no_images
 
 
 class CompactRows:
@@ -41,10 +42,10 @@ class CompactRows:
         """A logits processor or stopping criterion that gets compact rows."""
         return lambda sequences, *rest, **kwargs: function(self.rows(sequences), *rest, **kwargs)
 
-    def wrap_prefix_function(self, function: Callable) -> Callable:
-        """A `prefix_allowed_tokens_fn` that gets compact ids."""
+    def wrap_prefix_function(self, function: Callable, repeats: int) -> Callable:
+        """A `prefix_allowed_tokens_fn` that gets compact ids; `repeats` rows are counted for each prompt."""
         return lambda row, ids: function(
-            row, torch.cat([self.prompt[row].to(ids.device), ids[self.expanded_length :]])
+            row, torch.cat([self.prompt[row // repeats].to(ids.device), ids[self.expanded_length :]])
         )
 
 
@@ -113,7 +114,13 @@ class PlaceholderGenerationMixin(GenerationMixin):
         # the model never writes a placeholder
         suppressed = kwargs.get("suppress_tokens", config.suppress_tokens) or []
         kwargs["suppress_tokens"] = sorted({*suppressed, self.config.image_token_id})
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
         if pixel_values is None and encoded_images is None:
+            check_no_images(visual_token_budget, visual_rungs)
+            if max_expanded_length is not None:
+                given = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+                kwargs |= _expanded_lengths(config, kwargs, given.shape[1], 0, max_expanded_length)
             return super().generate(
                 input_ids,
                 generation_config=generation_config,
@@ -129,7 +136,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
 
         pad_token_id = kwargs.get("pad_token_id", config.pad_token_id)
         if attention_mask is None:
-            attention_mask = _infer_mask(input_ids, pad_token_id, config.eos_token_id)
+            attention_mask = _infer_mask(input_ids, pad_token_id, kwargs.get("eos_token_id", config.eos_token_id))
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` has shape {tuple(attention_mask.shape)} and `input_ids` {tuple(input_ids.shape)}. "
@@ -151,6 +158,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
         lengths, layout_mask = (encoded.lengths, mask) if compact else ((1,) * len(encoded.values), None)
         layout = build_layout(expanded, layout_mask, None, lengths, self.config.image_token_id)
         if compact:
+            _check_cached_rows(layout, kwargs.get("past_key_values"))
             filling = _first_id(pad_token_id, config.eos_token_id)
             expanded = layout.expand_ids(expanded, self.config.image_token_id, filling)
             mask = layout.attention_mask if layout.attention_mask is not None else torch.ones_like(expanded)
@@ -158,7 +166,12 @@ class PlaceholderGenerationMixin(GenerationMixin):
         surplus = expanded.shape[1] - input_ids.shape[1]
         rows = CompactRows(input_ids, expanded.shape[1])
         if prefix_allowed_tokens_fn is not None and compact:
-            prefix_allowed_tokens_fn = rows.wrap_prefix_function(prefix_allowed_tokens_fn)
+            beams, repeats = (
+                kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")
+            )
+            prefix_allowed_tokens_fn = rows.wrap_prefix_function(
+                prefix_allowed_tokens_fn, repeats if beams == 1 else 1
+            )
         output = super().generate(
             expanded.to(input_ids.device),
             generation_config=generation_config,
@@ -257,6 +270,17 @@ def _expanded_lengths(
 
 def _is_default(config: GenerationConfig, name: str) -> bool:
     return getattr(config, name) == getattr(GenerationConfig(), name)
+
+
+def _check_cached_rows(layout: PlaceholderLayout, cache: Any) -> None:
+    # all cached rows end at one id, and the whole rows must have it in the same slot
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if cached and not bool((layout.aligned == cached - 1).all(dim=0).any()):
+        raise ValueError(
+            f"`past_key_values` holds rows of {cached} slots that were padded otherwise than the whole conversation "
+            "is now: its new images differ in visual tokens. Continue the rows one by one, or without "
+            "`past_key_values`."
+        )
 
 
 def _first_id(*candidates: Any) -> int:

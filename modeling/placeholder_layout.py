@@ -58,8 +58,6 @@ class PlaceholderLayout:
         """Ids with one placeholder per visual token, `(B, T)` on the host."""
         flat = input_ids.flatten()
         ids = torch.where(self._is_visual, image_token_id, flat[self.source.clamp(max=flat.numel() - 1)])
-        if self.attention_mask is None:
-            return ids
         # interior tokens that are masked keep their id; only slots that nothing stands in are padding
         return torch.where(self._is_unused, pad_token_id, ids)
 
@@ -121,7 +119,7 @@ def build_layout(
     ends = width.cumsum(1)
     starts, totals = ends - width, ends[:, -1]
     total = max(1, int(totals.max()))
-    pad_left = bool(kept[:, -1].all()) and not _resets(position_ids, attention_mask)
+    pad_left = bool(kept[:, -1].all()) and not _is_packed(position_ids, attention_mask)
     offset = (total - totals).unsqueeze(1) if pad_left else torch.zeros(batch, 1, dtype=torch.long)
 
     # One entry per slot: the input id it belongs to, and its place among that id's slots.
@@ -138,7 +136,7 @@ def build_layout(
     mask = torch.zeros(batch, total, dtype=torch.long)
     mask[row, column] = 1 if attention_mask is None else (attention_mask.flatten()[owner] != 0).long()
     aligned = torch.where(width > 0, ends - 1 + offset, -1)
-    packed = _resets(position_ids, attention_mask)
+    packed = _is_packed(position_ids, attention_mask)
     if position_ids is not None:
         positions = torch.arange(total).expand(batch, -1) - totals.unsqueeze(1)  # filling is a segment of its own
         positions = positions.clamp(min=0).clone()
@@ -172,9 +170,10 @@ def _segment_starts(position_ids: Tensor) -> Tensor:
     return torch.where(starts, columns, 0).cummax(1).values
 
 
-def _resets(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-    return (
-        attention_mask is None
-        and position_ids is not None
-        and bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
-    )
+def holds_segments(position_ids: Tensor | None) -> bool:
+    """Whether positions `(B, L)` start again somewhere inside a row, as in packed rows."""
+    return position_ids is not None and bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
+
+
+def _is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+    return attention_mask is None and holds_segments(position_ids)

@@ -36,6 +36,13 @@ class Router(nn.Module):
         """All options with defaults filled in, as the config writes them."""
         return resolved_options(self.type_name, self)
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse a patch grid that this router cannot judge.
+
+        Raises:
+            ValueError: An option does not fit the grid.
+        """
+
     def forward(self, features: VisionFeatures) -> Routing:
         """Rung and score of every view."""
         raise NotImplementedError

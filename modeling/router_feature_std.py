@@ -67,6 +67,10 @@ class FeatureStdRouter(Router):
             )
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        for window in self.windows:
+            window_grid(grid, window, name="router.windows")
+
     def window_spread(self, features: VisionFeatures) -> Tensor:
         """The statistic that the thresholds cut, `(V, num_rungs - 1)` in fp32, rung 0 first."""
         spread = {window: _window_std(features, window) for window in set(self.windows)}
@@ -75,6 +79,7 @@ class FeatureStdRouter(Router):
             return torch.zeros(views, 0, device=features.patches.device)
         return torch.stack([spread[window] for window in self.windows], dim=1)
 
+    @torch.no_grad()
     def forward(self, features: VisionFeatures) -> Routing:
         spread = self.window_spread(features)
         if not self.windows:

@@ -122,6 +122,21 @@ def resolve_rungs(
     return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
 
 
+def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> None:
+    """Refuse decisions about single images where there are none; a budget for any image may stand.
+
+    Raises:
+        ValueError: `rungs`, or a list of budgets, that is not empty.
+    """
+    for name, value in (("visual_rungs", rungs), ("visual_token_budget", budget)):
+        if isinstance(value, (str, Mapping)) or not hasattr(value, "__len__") or len(value) == 0:
+            continue
+        raise ValueError(
+            f"`{name}` was given for {len(value)} images, but there are none. Pass `pixel_values` or "
+            f"`encoded_images` with it, or leave `{name}` out."
+        )
+
+
 def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
     """CPU copies of several integer or fp32 tensors through a single device-to-host transfer."""
     present = [tensor for tensor in tensors if tensor is not None]

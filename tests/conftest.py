@@ -75,7 +75,8 @@ def tiny_model(preset: str = "llava", *, vision: str = "clip", text: str = "qwen
         **fields,
     )
     if config.router["type"] == "feature_std" and "router" not in fields:
-        config.router["thresholds"] = [0.9] * len(config.router["thresholds"])
+        # between the spreads of `tiny_images`, so that a batch of three gets three counts
+        config.router["thresholds"] = [0.05, 0.15]
     model = AdaptiveLlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -98,7 +98,9 @@ def test_the_llava_preset_gives_the_logits_and_text_of_the_source(llava, tmp_pat
         with torch.no_grad():
             logits = model(**inputs).logits[0, -5:]
             ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers.append((logits, processor.decode(ids[0, inputs["input_ids"].shape[1] :]), prompt, inputs["pixel_values"]))
+        answers.append(
+            (logits, processor.decode(ids[0, inputs["input_ids"].shape[1] :]), prompt, inputs["pixel_values"])
+        )
     (logits, text, prompt, pixels), (our_logits, our_text, our_prompt, our_pixels) = answers
     assert our_prompt == prompt and text
     assert torch.equal(our_pixels, pixels)
@@ -186,7 +188,9 @@ def test_an_interrupted_conversion_leaves_nothing(llava, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("adaptive_llava.processing.processing_adaptive_llava.AdaptiveLlavaProcessor.save_pretrained", fail)
+    monkeypatch.setattr(
+        "adaptive_llava.processing.processing_adaptive_llava.AdaptiveLlavaProcessor.save_pretrained", fail
+    )
     with pytest.raises(RuntimeError, match="disk full"):
         convert(llava, tmp_path / "ours", "llava")
     assert list(tmp_path.iterdir()) == []

@@ -121,7 +121,7 @@ def total_by_hand(total, ladder, scores, per_prompt):
         by_score = sorted(range(views), key=lambda view: (-scores[first + view], view))
         for view in by_score:
             for rung in range(len(ladder)):
-                trial = mine[:view] + [rung] + mine[view + 1 :]
+                trial = [*mine[:view], rung, *mine[view + 1 :]]
                 if sum(ladder[r] for r in trial) <= total:
                     mine = trial
         chosen += mine
@@ -179,6 +179,9 @@ def test_a_fractional_rung_is_refused_and_not_cut_off():
 
 def test_geometry_needs_neither_pytorch_nor_transformers():
     file = Path(__file__).resolve().parents[1] / "modeling" / "visual_token_geometry.py"
-    code = f"import runpy, sys; runpy.run_path({str(file)!r}); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(file)!r}); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

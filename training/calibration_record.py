@@ -78,7 +78,9 @@ class Calibration:
         """Let the model route by these thresholds from now on, and write them into its config."""
         inner = routed_model(model)
         inner.router.thresholds = self.thresholds
-        owners = [module.config for module in (model, inner) if hasattr(getattr(module, "config", None), "router")]
+        owners: list[Any] = [
+            module.config for module in (model, inner) if hasattr(getattr(module, "config", None), "router")
+        ]
         for config in owners:
             config.router = {**config.router, "thresholds": list(self.thresholds)}
             config.calibration = self.provenance()
@@ -115,7 +117,7 @@ class Calibration:
         figure.savefig(path, dpi=110)
 
 
-def routed_model(model: nn.Module) -> nn.Module:
+def routed_model(model: nn.Module) -> Any:
     """The part of a model that has the vision tower and a router with thresholds, under any head or adapter.
 
     Raises:
@@ -125,8 +127,8 @@ def routed_model(model: nn.Module) -> nn.Module:
     inner = next(found, None)
     if inner is None:
         raise ValueError(f"`model` is a {type(model).__name__}, which has no router. Pass an adaptive LLaVA model.")
-    router = inner.router
-    if not (hasattr(router, "window_spread") and getattr(router, "thresholds", ())):
+    router: Any = inner.router
+    if not hasattr(router, "window_spread") or not router.thresholds:
         known = sorted(name for name, router_class in ROUTERS.items() if "thresholds" in option_names(router_class))
         raise ValueError(
             f"The model's router of type {router.type_name!r} has no thresholds to calibrate. Routers that have, on a "

@@ -8,13 +8,14 @@ stored in the dataset, or be paths relative to the file that names them.
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -116,7 +117,7 @@ def _from_llava_format(rows: Rows) -> Rows:
 def _check_images(rows: Rows, source: Path) -> Rows:
     """Make image paths absolute: they are relative to the file that names them."""
     column = "images" if "images" in _columns(rows) else "image"
-    first = next((value for example in rows.take(50) if (value := example[column])), None)
+    first = next((value for example in islice(rows.select_columns([column]), 50) if (value := example[column])), None)
     first = first[0] if isinstance(first, list) else first
     if not isinstance(first, str):
         return rows

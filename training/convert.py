@@ -51,7 +51,7 @@ def convert(
     model = AdaptiveLlavaForConditionalGeneration.from_llava(
         str(source), preset=preset, revision=revision or "main", dtype=dtype
     )
-    original = LlavaProcessor.from_pretrained(str(source), revision=revision or "main")
+    original: Any = LlavaProcessor.from_pretrained(str(source), revision=revision or "main")
     processor = AdaptiveLlavaProcessor.from_config(
         model.config,
         original.tokenizer,
@@ -105,8 +105,11 @@ def _check_source(source: str | os.PathLike, revision: str | None) -> None:
         raise ValueError(f"`--from={str(source)!r}`: there is no such folder. Check the path.")
     try:
         found, _ = PretrainedConfig.get_config_dict(str(source), revision=revision or "main")
+        reason = "the file is missing"
     except OSError as error:
-        raise ValueError(f"`--from={str(source)!r}` has no config.json that can be read: {error}") from error
+        found, reason = {}, str(error)
+    if not found:
+        raise ValueError(f"`--from={str(source)!r}` has no config.json that can be read: {reason}.")
     kind = found.get("model_type")
     if kind == "llava":
         return

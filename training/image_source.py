@@ -159,7 +159,7 @@ def _from_hub(data: str, split: str, column: str | None) -> ImageSource:
 
 
 def _from_rows(name: str, dataset: Any, column: str | None, where: str) -> ImageSource:
-    features = dataset.features or next(iter(dataset.take(1)), {})
+    features: Any = dataset.features or next(iter(dataset.take(1)), {})
     if column is None:
         column = next((key for key, feature in features.items() if _is_image(feature)), None)
         column = column or next((key for key in ("image", "images") if key in features), None)

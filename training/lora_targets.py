@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from peft import PeftModel
 from torch import nn
 
 
@@ -71,7 +72,7 @@ def freeze_vision_tower(model: nn.Module) -> None:
 
 def trains_visual_parts(model: nn.Module) -> bool:
     """Whether the projector and every compressor parameter are being trained, also inside a PEFT model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     parts = [base.get_submodule(name) for name in _VISUAL_PARTS[:2] if _has_parameters(base, name)]
     # under PEFT the trained copy stands beside the frozen original
     copies = [getattr(part, "modules_to_save", None) for part in parts]

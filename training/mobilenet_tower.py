@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 
@@ -49,7 +50,7 @@ def load_mobilenet_tower(weights: str | os.PathLike, *, image_size: int = 384) -
     return model
 
 
-def _fill(layer: nn.Module, arrays: np.lib.npyio.NpzFile, key: str, path: Path) -> None:
+def _fill(layer: Any, arrays: np.lib.npyio.NpzFile, key: str, path: Path) -> None:
     convolution, norm = layer.convolution, layer.normalization
     if f"{key}.w" not in arrays or arrays[f"{key}.w"].shape != tuple(convolution.weight.shape):
         found = arrays[f"{key}.w"].shape if f"{key}.w" in arrays else "nothing"

@@ -92,7 +92,7 @@ def _ask(what: str, place: str | None = None) -> str:
 
 def _draw_scene(rng: np.random.Generator) -> RenderedImage:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
-    radius = rng.uniform(15, 24)
+    radius = rng.uniform(13, 19)
     centre = rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, size=2)
     picture, patch_contents = _draw_shapes(_soft_background(rng), [(shape, colour, centre, radius)])
     questions = ((_ask("colour"), colour), (_ask("shape"), shape))

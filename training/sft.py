@@ -19,11 +19,14 @@ TRL's own command also works on a saved checkpoint: `trl sft --model_name_or_pat
 completions or assistants only; rows never begin with the BOS token and a plain-text completion has no EOS token;
 `all-linear` also adapts the vision tower and leaves the projector with an adapter; nothing is frozen in full training;
 image paths in json files are relative to the working directory; `compressor_trained` is not set.
+
+An adapter changes no config: over a base with `compressor_trained: false`, `generate` still warns until it is merged.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,11 @@ from adaptive_llava.training.lora_targets import (
 from adaptive_llava.training.merge import merge_adapter
 
 
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+_NOT_QUANTISED = ("vision_tower", "multi_modal_projector", "compressor", "router", "lm_head")
+
+
 @dataclass
 class SftArguments(ScriptArguments):
     """Dataset and what is particular to these models.
@@ -76,11 +84,33 @@ class SftArguments(ScriptArguments):
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[SftArguments, SFTConfig, ModelConfig]:
     """Read recipe and command line; our defaults differ from TRL's where a vision model needs it."""
-    parser = TrlParser((SftArguments, SFTConfig, ModelConfig), prog="python -m adaptive_llava.training.sft")
+    kinds: Any = (SftArguments, SFTConfig, ModelConfig)
+    parser = TrlParser(kinds, prog="python -m adaptive_llava.training.sft")
     parser.set_defaults(max_length=None)  # a limit would cut placeholders off
     if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         parser.set_defaults(bf16=False)
-    return parser.parse_args_and_config(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--config" in arguments[:-1]:
+        place = arguments.index("--config") + 1
+        arguments[place] = str(find_recipe(arguments[place]))
+    parsed: Any = parser.parse_args_and_config(arguments)
+    return parsed
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or one of this package's by file name.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    candidates = [Path(name), RECIPES / Path(name).name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+    raise ValueError(
+        f"`--config {name}`: there is no such file. Pass a path, or one of this package's recipes: {known}."
+    )
 
 
 def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfig) -> None:
@@ -101,7 +131,7 @@ def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfi
         raise ValueError(
             "`merge=True` merges a LoRA adapter, but `use_peft` is false: the saved model is already full."
         )
-    if script.merge and (Path(training.output_dir) / "merged").exists():
+    if script.merge and os.path.exists(os.path.join(str(training.output_dir), "merged")):
         raise ValueError(
             f"`merge=True` would write {training.output_dir}/merged, which is already there. Remove it, or choose "
             "another `output_dir`."
@@ -140,8 +170,9 @@ def build_trainer(
             f"`visual_token_budget={visual_token_budget}` is below the smallest count this model can produce "
             f"({smallest} tokens). Pass at least {smallest}, or leave it out for the router's choice."
         )
-    peft_config = get_peft_config(model_arguments) if model_arguments is not None else None
-    if peft_config is not None:
+    peft_config: Any = None
+    if model_arguments is not None and model_arguments.use_peft:
+        peft_config = get_peft_config(model_arguments)
         peft_config.target_modules = language_model_targets(model, model_arguments.lora_target_modules)
         own = fully_trained_modules(model, vision_tower=train_vision_tower)
         peft_config.modules_to_save = [*own, *(peft_config.modules_to_save or [])] or None
@@ -158,7 +189,8 @@ def build_trainer(
     trainer.data_collator = ConversationCollator(
         trainer.data_collator, processor, visual_token_budget=visual_token_budget
     )
-    if trains_visual_parts(trainer.model):
+    trained: Any = trainer.model
+    if trains_visual_parts(trained):
         model.config.compressor_trained = True  # of what is saved from now on
     return trainer
 
@@ -167,16 +199,19 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     """Train as the recipe and the command line say."""
     script, training, model_arguments = parse_arguments(arguments)
     check_arguments(script, training, model_arguments)
-    name, revision = model_arguments.model_name_or_path, model_arguments.model_revision
-    data = {"config": script.dataset_config, "streaming": script.dataset_streaming}
-    train_dataset = load_conversations(script.dataset_name, split=script.dataset_train_split, **data)
+    name, revision = str(model_arguments.model_name_or_path), model_arguments.model_revision
+    dataset_name = str(script.dataset_name)
+    data: dict[str, Any] = {"config": script.dataset_config, "streaming": script.dataset_streaming}
+    train_dataset = load_conversations(dataset_name, split=script.dataset_train_split, **data)
     eval_dataset = None
     if training.eval_strategy != "no":
-        source = script.eval_dataset_name or script.dataset_name
+        source = script.eval_dataset_name or dataset_name
         eval_dataset = load_conversations(source, split=script.dataset_test_split, **data)
 
     loading: dict[str, Any] = {"revision": revision, "dtype": model_arguments.dtype}
     quantization = get_quantization_config(model_arguments)
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(_NOT_QUANTISED)
     model = AdaptiveLlavaForConditionalGeneration.from_pretrained(
         name, attn_implementation=model_arguments.attn_implementation, quantization_config=quantization, **loading
     )
@@ -199,11 +234,11 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.print(f"Saved {training.output_dir}")
+    if training.push_to_hub:  # before the merged model stands in the folder
+        trainer.push_to_hub(dataset_name=script.dataset_name)
     if script.merge and trainer.is_world_process_zero():
         folder = merge_adapter(training.output_dir, os.path.join(training.output_dir, "merged"), base=name, **loading)
         print(f"Saved {folder}")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer
 
 

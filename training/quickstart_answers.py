@@ -1,0 +1,99 @@
+"""Answer held-out questions with a saved model, in a process that cannot import this package.
+
+`quickstart.py` runs this file by itself, with Python's isolated mode and a library folder in which the package does
+not exist: what it prints was computed by the code files saved beside the weights.
+"""
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+BATCH_SIZE = 64  # prompts
+
+
+def main(libraries: str, job_file: str) -> None:
+    """Run the job that `quickstart.py` wrote.
+
+    Args:
+        libraries: Folder to import torch, transformers and the rest from.
+        job_file: JSON with `model` (folder), `images` (`path`, `kind`, `questions`), `own_images` (paths) and
+            `output` (file to write).
+    """
+    sys.path.append(libraries)
+    if importlib.util.find_spec("adaptive_llava") is not None:
+        raise RuntimeError("`adaptive_llava` can be imported here, so this run would prove nothing.")
+    print("  import adaptive_llava -> ModuleNotFoundError, as intended", flush=True)
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_MODULES_CACHE"] = str(Path(job_file).parent / "remote_code")
+
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    torch.set_num_threads(1)
+    model = AutoModelForImageTextToText.from_pretrained(job["model"], trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(job["model"], trust_remote_code=True)
+    print(f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder")
+
+    counts = list(model.config.visual_token_counts)
+    answers = {}
+    for name, budget in {"auto": "auto", "smallest": counts[0], "largest": counts[-1]}.items():
+        answers[name] = answer(model, processor, job["images"], budget)
+        print(f"  answered {len(answers[name])} questions at budget {budget}", flush=True)
+    result = {
+        "package_importable": False,
+        "model_class": f"{type(model).__module__}.{type(model).__name__}",
+        "token_counts": counts,
+        "answers": answers,
+        "own_images": route(model, processor, job["own_images"]),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def answer(model, processor, images: list[dict], budget: int | str) -> list[dict]:
+    """Ask every question of every image; each prompt shows one image at its own number of tokens."""
+    asked = [
+        {"image": image["path"], "kind": image["kind"], "question": question, "expected": expected}
+        for image in images
+        for question, expected in image["questions"]
+    ]
+    for start in range(0, len(asked), BATCH_SIZE):
+        batch = asked[start : start + BATCH_SIZE]
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "path": row["image"]}, {"type": "text", "text": row["question"]}]}]
+            for row in batch
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        output = model.generate(
+            **inputs, visual_token_budget=budget, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+        for row, text, tokens in zip(batch, texts, output.num_visual_tokens.tolist(), strict=True):
+            row.update(answer=text.strip(), right=text.strip() == row["expected"], tokens=tokens)
+    return asked
+
+
+def route(model, processor, paths: list[str]) -> list[dict]:
+    """How many tokens the router would spend on each image."""
+    routed = []
+    for path in paths:
+        encoded = model.encode_images(processor(images=[path], return_tensors="pt")["pixel_values"])
+        routed.append({"image": path, "tokens": encoded.lengths[0]})
+    return routed
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+"""Writes every figure in README.md from the result files, so that none is typed by hand.
+
+    python -m adaptive_llava.training.readme_figures [--check]
+
+A block between `<!-- figures: NAME -->` and `<!-- end figures -->` is replaced by what `results/NAME.json` says, or by
+the command that makes that file where it is missing. `--check` only tells whether README.md is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end figures -->", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def routing_real_images(result: dict[str, Any]) -> str:
+    """Tokens per kind of real image after calibration, and what follows from them."""
+    found = result["fits"]["pad"]
+    rows = [
+        [
+            kind,
+            row["num_images"],
+            f"{row['mean_tokens']:.0f} ({row['interval'][0]:.0f} to {row['interval'][1]:.0f})",
+            *(f"{row['shares'][str(count)]:.0%}" for count in result["counts"]),
+        ]
+        for kind, row in found["kinds"].items()
+    ]
+    header = ["kind", "images", "mean tokens (95 %)", *(f"{count} tokens" for count in result["counts"])]
+    separation = "; ".join(
+        f"{pair}: {scores['router']['auc']:.2f} by DFMR's score, {scores['pixels']['auc']:.2f} by the same statistic "
+        "of the pixels"
+        for pair, scores in found["auc"].items()
+    )
+    return (
+        f"DFMR calibrated to a mean of {result['target_mean']:.0f} of {result['counts'][-1]} tokens, tower: "
+        f"{result['tower']} (`python -m adaptive_llava.training.routing_study`):\n\n{table(header, rows)}\n\n"
+        f"In words: {found['conclusion']} Chance that a page scores higher than a photo: {separation}.\n\n"
+        "![Mean tokens and shares per kind](results/routing_real_images.png)"
+    )
+
+
+def benchmark_cpu(result: dict[str, Any]) -> str:
+    """Ratios of the benchmark, each beside its limit."""
+    rows = [
+        [
+            row["what"],
+            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['limit']:.3f}",
+            "" if row["bar"] is None else f"{row['bar']:.3f}, {'met' if row['met'] else 'missed'}",
+        ]
+        for row in result["rows"]
+    ]
+    machine = result["machine"]
+    return (
+        f"`{result['command'].strip()}`: {result['shape']}, {result['dtype']}, random weights, {machine['threads']} "
+        f"threads, {result['pairs']} interleaved pairs, ratio of medians with 95 % interval, transformers "
+        f"{result['versions']['transformers']}.\n\n{table(['what', 'ratio', 'limit', 'bar'], rows)}"
+    )
+
+
+def quickstart(result: dict[str, Any]) -> str:
+    """Accuracy and tokens of the model that the quickstart trains."""
+    rows = [
+        [budget["name"], kind, f"{row['accuracy']:.1%}", f"{row['mean_tokens']:.1f}"]
+        for budget in result["budgets"]
+        for kind, row in budget["kinds"].items()
+    ]
+    seconds = sum(phase["seconds"] for phase in result["phases"])
+    return (
+        f"`make quickstart` trained this model from nothing in {seconds / 60:.1f} minutes on {result['cores']} CPU "
+        f"cores ({result['peak_memory_mb'] / 1024:.1f} GB at most); {result['num_questions']} held-out questions:\n\n"
+        + table(["budget", "kind", "right", "mean tokens"], rows)
+    )
+
+
+BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "quickstart": (quickstart, "make quickstart"),
+    "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
+    "benchmark_cpu": (benchmark_cpu, "python -m adaptive_llava.training.benchmark"),
+}
+
+
+def fill(text: str, results: Path) -> str:
+    """README text with every block written from its result file.
+
+    Raises:
+        ValueError: A block has no entry in `BLOCKS`.
+    """
+
+    def write(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in BLOCKS:
+            raise ValueError(f"README block {name!r} is unknown. Known blocks: {', '.join(BLOCKS)}.")
+        render, command = BLOCKS[name]
+        path = results / f"{name}.json"
+        body = render(json.loads(path.read_text())) if path.exists() else f"(not measured yet: `{command}`)"
+        return f"<!-- figures: {name} -->\n{body}\n<!-- end figures -->"
+
+    return _BLOCK.sub(write, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite README.md, or check it."""
+    parser = argparse.ArgumentParser(description="Write the figures of README.md from the result files.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    options = parser.parse_args(arguments)
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = fill(before, ROOT / "results")
+    if options.check:
+        print("README.md is up to date." if before == after else "README.md is out of date: run this without --check.")
+        return int(before != after)
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""A vision-language model of 0.2 million weights that learns to see and read from nothing, in under a minute.
+
+A CLIP tower of two layers and a Qwen2 of two layers, trained together on `rendered_images` at the largest token count.
+What decides whether documents are learned at all: large embeddings and weights in the language model (`_WEIGHT_SCALE`,
+`_EMBEDDING_SCALE`), positions that the tower is born with (`two_dimensional_positions`), and a second loss that asks
+every patch what it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
+from adaptive_llava.training.rendered_images import (
+    CELL,
+    GRID,
+    IMAGE_SIZE,
+    PATCH_CONTENTS,
+    RenderedImage,
+    render_images,
+    vocabulary,
+)
+
+
+# The answer begins right after the question's last word, the one that says what is asked for: with a marker in between,
+# two layers need several times as long to learn to look up a cell.
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ ' ' }}{{ say(message) }}{{ ' <|end|> ' }}{%- endgeneration -%}
+{%- else -%}{{ '<|user|> ' }}{{ say(message) }}{%- endif -%}
+{%- endfor -%}
+"""
+_SAY = """
+{%- macro say(message) -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{{ image_token if part.type == 'image' else part.text }}{{ ' ' if not loop.last }}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+FACTORS = (1, 2, 4)  # pooling windows per side: 16, 4 and 1 visual tokens
+
+_WIDTH = 64
+_WEIGHT_SCALE = 0.08
+_EMBEDDING_SCALE = 0.5
+_POSITION_SCALE = 2.0
+_QUESTIONS_PER_IMAGE = 4
+_TRAINING_MIX = ("scene", "document", "document", "scene", "document", "collage")  # harder kinds more often
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of the questions and answers."""
+    words = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<image>", *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<image>"],
+        model_max_length=1024,
+    )
+
+
+def build_model(seed: int = 0) -> tuple[AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor]:
+    """An untrained model of the `dfmr` preset with 16, 4 or 1 visual tokens per image, and its processor."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    shape = {"hidden_size": _WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * _WIDTH}
+    vision = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=CELL, projection_dim=_WIDTH))
+    text = Qwen2ForCausalLM(
+        Qwen2Config(
+            **shape,
+            num_key_value_heads=shape["num_attention_heads"],
+            vocab_size=len(tokenizer),
+            initializer_range=_WEIGHT_SCALE,
+            tie_word_embeddings=False,
+            max_position_embeddings=1024,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model = AdaptiveLlavaForConditionalGeneration.from_backbones(
+        vision,
+        text,
+        preset="dfmr",
+        tokenizer=tokenizer,
+        vision_feature_layer=-1,
+        compressor={"type": "average_pool", "factors": list(FACTORS)},
+    )
+    with torch.no_grad():
+        nn.init.normal_(text.get_input_embeddings().weight, std=_EMBEDDING_SCALE)
+        positions = vision.get_submodule(_embeddings_name(vision)).position_embedding.weight
+        positions[1:] += _POSITION_SCALE * two_dimensional_positions(GRID, _WIDTH)
+        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+            layer.reset_parameters()
+    processor = AdaptiveLlavaProcessor.from_config(model.config, tokenizer, chat_template=_SAY + CHAT_TEMPLATE)
+    return model, processor
+
+
+def two_dimensional_positions(grid: int, dim: int) -> Tensor:
+    """Sine-cosine codes of row and column, `(grid * grid, dim)`."""
+    frequencies = 100 ** -(torch.arange(dim // 4) / (dim // 4))
+    angles = torch.arange(grid)[:, None] * frequencies
+    codes = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([codes.repeat_interleave(grid, dim=0), codes.repeat(grid, 1)], dim=1)
+
+
+def conversation(image: RenderedImage, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Messages that ask up to four of the image's questions, in random order."""
+    chosen = rng.permutation(len(image.questions))[:_QUESTIONS_PER_IMAGE]
+    asked = (image.questions[index] for index in chosen)
+    return [
+        message
+        for question, answer in asked
+        for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    ]
+
+
+def train_from_scratch(
+    model: AdaptiveLlavaForConditionalGeneration,
+    processor: AdaptiveLlavaProcessor,
+    *,
+    steps: int,
+    num_images: int,
+    seed: int,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Trains everything at the largest token count, in place.
+
+    Args:
+        model: The model of `build_model`.
+        processor: Its processor.
+        steps: Optimiser steps.
+        num_images: Images to render.
+        seed: Seed of the images and of the batches.
+        report: Called after every step with the number of steps done and the loss.
+        batch_size: Images per step.
+        learning_rate: Peak; warmed up over the first 5 %, then a half cosine down to 5 %.
+    """
+    images = render_images(num_images, seed=seed, kinds=_TRAINING_MIX)
+    pixel_values = torch.cat([_pixels(processor, images[start : start + 256]) for start in range(0, num_images, 256)])
+    contents = torch.tensor([image.patch_contents for image in images])
+    words = _Words(processor.tokenizer)
+    patches = _LastPatches(model.model.vision_tower)
+    content_head = nn.Linear(_WIDTH, len(PATCH_CONTENTS))
+    parameters = [*model.parameters(), *content_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
+    rng = np.random.default_rng(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        chosen = rng.integers(num_images, size=batch_size)
+        input_ids, labels = words.batch([conversation(images[index], rng) for index in chosen])
+        loss = model(
+            input_ids=input_ids,
+            attention_mask=(input_ids != processor.tokenizer.pad_token_id).long(),
+            pixel_values=pixel_values[chosen],
+            labels=labels,
+            visual_token_budget=GRID**2,
+        ).loss
+        content_loss = F.cross_entropy(content_head(patches.features).flatten(0, 1), contents[chosen].flatten())
+        optimizer.zero_grad()
+        (loss + content_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        report(step, loss.item())
+    patches.remove()
+    model.config.compressor_trained = True
+    model.eval()
+
+
+def _pixels(processor: AdaptiveLlavaProcessor, images: Sequence[RenderedImage]) -> Tensor:
+    return processor(images=[image.image for image in images], return_tensors="pt")["pixel_values"]
+
+
+def _rate(progress: float) -> float:
+    """Share of the peak learning rate at a share of the training."""
+    return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def _embeddings_name(vision: nn.Module) -> str:
+    # transformers 5 dropped the `vision_model` level
+    return next(name for name, part in vision.named_modules() if hasattr(part, "position_embedding"))
+
+
+class _LastPatches:
+    """Keeps what the tower gave out last: patch features `(N, patches, dim)`, still attached to the graph."""
+
+    def __init__(self, tower: nn.Module):
+        self._handle = tower.register_forward_hook(self._keep)
+
+    def _keep(self, tower: nn.Module, arguments: tuple, output: object) -> None:
+        self.features = output.last_hidden_state[:, 1:]
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+class _Words:
+    """Conversations to ids, as chat template and tokenizer give them but without their overhead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.ids = tokenizer.get_vocab()
+        self.pad = tokenizer.pad_token_id
+
+    def batch(self, conversations: Sequence[list[dict[str, str]]]) -> tuple[Tensor, Tensor]:
+        """Right-padded `input_ids (B, L)` and `labels (B, L)`, -100 on what the user says and on padding."""
+        rows = [self._row(messages) for messages in conversations]
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+        return input_ids, labels
+
+    def _row(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for message in messages:
+            by_user = message["role"] == "user"
+            start = "<|user|> <image>" if not ids else "<|user|>"
+            said = f"{start} {message['content']}" if by_user else f"{message['content']} <|end|>"
+            tokens = [self.ids[word] for word in said.split()]
+            ids += tokens
+            labels += [-100] * len(tokens) if by_user else tokens
+        return ids, labels
