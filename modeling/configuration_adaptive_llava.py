@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -19,6 +19,15 @@ from .router_registry import ROUTERS
 from .vision_tower_features import vision_geometry
 from .visual_token_geometry import visual_token_ladder
 
+
+if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
+    from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
+    from .compressor_identity import IdentityCompressor  # noqa: F401
+    from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
+    from .router_feature_std import FeatureStdRouter  # noqa: F401
+    from .router_fixed import FixedRouter  # noqa: F401
+    from .router_random import RandomRouter  # noqa: F401
+    from .visual_tokens import VisionFeatures  # noqa: F401
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -27,6 +27,21 @@ from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .vision_tower_features import extract_features, unwrap_tower
 from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
 
+
+if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
+    from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
+    from .compressor_base import Compressor  # noqa: F401
+    from .compressor_identity import IdentityCompressor  # noqa: F401
+    from .compressor_registry import COMPRESSORS  # noqa: F401
+    from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
+    from .option_schema import build_part  # noqa: F401
+    from .preset_table import PRESETS  # noqa: F401
+    from .router_base import Router  # noqa: F401
+    from .router_feature_std import FeatureStdRouter  # noqa: F401
+    from .router_fixed import FixedRouter  # noqa: F401
+    from .router_random import RandomRouter  # noqa: F401
+    from .router_registry import ROUTERS  # noqa: F401
+    from .visual_token_geometry import visual_token_ladder  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -171,6 +186,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
 
+    def train(self, mode: bool = True) -> AdaptiveLlavaModel:
+        super().train(mode)
+        # a frozen tower stays frozen: batch norm would go on averaging, and with its features the routing would drift
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
     def encode_images(
         self,
         pixel_values: Tensor,
@@ -207,12 +229,15 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 "(num_images, 3, height, width). Use the checkpoint's own processor."
             )
         parameter = next(self.vision_tower.parameters())
-        return extract_features(
-            self.vision_tower,
-            pixel_values.to(device=parameter.device, dtype=parameter.dtype),
-            self.config.vision_feature_layer,
-            self.router.needs_blocks,
-        )
+        # with PEFT and gradient checkpointing, transformers 5 marks a frozen tower's embeddings as needing gradients
+        trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return extract_features(
+                self.vision_tower,
+                pixel_values.to(device=parameter.device, dtype=parameter.dtype),
+                self.config.vision_feature_layer,
+                self.router.needs_blocks,
+            )
 
     def encode_batch(
         self,

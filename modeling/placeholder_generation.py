@@ -204,6 +204,9 @@ class PlaceholderGenerationMixin(GenerationMixin):
         prefix_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if prefix_embeds is not None and not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):
+            # chunked prefill of 4.57 counts padding too; without these, positions are counted from the mask
+            kwargs.pop("position_ids", None)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -100,8 +100,10 @@ def tiny_images(count: int, seed: int = 1, image_size: int = 24) -> torch.Tensor
 def batch_rows(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of ragged rows, padded on one side."""
     width = max(map(len, rows))
-    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
-    mask = [[0] * (width - len(r)) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * (width - len(r)) for r in rows]
+    fills = [width - len(row) for row in rows]
+    left = side == "left"
+    padded = [[PAD] * fill + row if left else row + [PAD] * fill for row, fill in zip(rows, fills, strict=True)]
+    mask = [[0] * fill + [1] * (width - fill) if left else [1] * (width - fill) + [0] * fill for fill in fills]
     return torch.tensor(padded), torch.tensor(mask)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_llava.training.process_without_package import run_without_package
+from adaptive_llava.training.quickstart_answers import peak_memory_mib
 from adaptive_llava.training.rendered_images import KINDS, RenderedImage, render_images
 
 
-SCRATCH_STEPS, SCRATCH_IMAGES = 1200, 8000
-LORA_STEPS, LORA_IMAGES = 500, 3000
+SCRATCH_STEPS, SCRATCH_IMAGES = 1500, 8000
+LORA_STEPS, LORA_IMAGES = 700, 6000
 CALIBRATION_IMAGES = 900
 HELD_OUT_IMAGES = 300
 SHOWN_PER_KIND = 4
@@ -97,8 +97,8 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
     results = {
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "peak_memory_mib": {
-            "training": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "fresh_process": round(answered["peak_memory_mib"]),
+            "training": peak_memory_mib(),
+            "fresh_process": answered["peak_memory_mib"],
         },
         "steps_scale": steps_scale,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -119,20 +119,21 @@ def train_model(steps_scale: float) -> tuple[Any, Any]:
     """Phase 1: an untrained model learns to see and to read, always looking at all 16 tokens."""
     from tqdm import tqdm
 
-    from adaptive_llava.training.tiny_model import build_model, train_from_scratch
+    from adaptive_llava.training.tiny_model import build_model, prepare_images, train_from_scratch
 
     model, processor = build_model()
     steps, num_images = _scaled(SCRATCH_STEPS, steps_scale), _scaled(SCRATCH_IMAGES, steps_scale)
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"  {size:,} parameters, {num_images:,} rendered images of {', '.join(KINDS)}")
-    with tqdm(total=steps, desc="  from scratch", unit="step", mininterval=1) as bar:
+    print(f"  {size:,} parameters; rendering {num_images:,} images: {', '.join(f'{kind}s' for kind in KINDS)}")
+    data = prepare_images(processor, num_images, seed=SCRATCH_SEED)
+    with _progress_bar("from scratch", steps) as bar:
 
         def report(step: int, loss: float) -> None:
-            bar.update()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+            bar.update()
 
-        train_from_scratch(model, processor, steps=steps, num_images=num_images, seed=SCRATCH_SEED, report=report)
+        train_from_scratch(model, processor, data, steps=steps, seed=SCRATCH_SEED, report=report)
     return model, processor
 
 
@@ -158,6 +159,7 @@ def fine_tune(model: Any, processor: Any, output: Path, steps_scale: float) -> A
     import numpy as np
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
     from adaptive_llava.training.lora_targets import fully_trained_modules, language_model_targets
@@ -182,7 +184,7 @@ def fine_tune(model: Any, processor: Any, output: Path, steps_scale: float) -> A
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
-                logging_steps=max(1, steps // 5),
+                logging_steps=min(20, steps),
                 save_strategy="no",
                 report_to="none",
             ),
@@ -195,7 +197,10 @@ def fine_tune(model: Any, processor: Any, output: Path, steps_scale: float) -> A
                 modules_to_save=fully_trained_modules(model),
             ),
         )
-        trainer.train()
+        with _progress_bar("LoRA", steps) as bar:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_show_progress_on(bar))
+            trainer.train()
     return trainer.model.merge_and_unload()
 
 
@@ -301,10 +306,32 @@ def _phase(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
     print(f"  {seconds[name]:.0f} s", flush=True)
 
 
+def _progress_bar(what: str, steps: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, desc=f"  {what}", unit="step", mininterval=1, ncols=100)
+
+
+def _show_progress_on(bar: Any) -> Any:
+    """A callback that moves our bar, in place of the trainer's own, which prints every log as a dictionary."""
+    from transformers import TrainerCallback
+
+    class ShowProgress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.update()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                bar.set_postfix(loss=f"{float(logs['loss']):.2f}", refresh=False)
+
+    return ShowProgress()
+
+
 def _quieten_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|peft|trl|transformers)\b")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -378,7 +405,7 @@ def _draw(output: Path, shown: list[dict], own_images: list[dict]) -> Path:
 def _print_closing(results: dict[str, Any], output: Path, picture: Path) -> None:
     seconds, memory = results["seconds"], results["peak_memory_mib"]
     print(
-        f"\n{seconds['total']:.0f} s in all; peak memory {memory['training']} MiB here, "
+        f"\n{seconds['total']:.0f} s in all; peak memory {memory['training']} MiB in training, "
         f"{memory['fresh_process']} MiB in the fresh process."
     )
     print(f"Picture: {picture}\nResults: {output / 'quickstart_results.json'}\nModel:   {output / 'model'}")

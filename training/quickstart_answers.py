@@ -7,7 +7,6 @@ not exist: what it prints was computed by the code files saved beside the weight
 import importlib.util
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -32,9 +31,11 @@ def main(libraries: str, job_file: str) -> None:
     os.environ["HF_MODULES_CACHE"] = str(Path(job_file).parent / "remote_code")
 
     import torch
+    import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(job["model"], trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(job["model"], trust_remote_code=True)
     print(f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder")
@@ -50,7 +51,7 @@ def main(libraries: str, job_file: str) -> None:
         "token_counts": counts,
         "answers": answers,
         "own_images": route(model, processor, job["own_images"]),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_mib(),
     }
     Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
 
@@ -65,7 +66,7 @@ def answer(model, processor, images: list[dict], budget: int | str) -> list[dict
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
         conversations = [
-            [{"role": "user", "content": [{"type": "image", "path": row["image"]}, {"type": "text", "text": row["question"]}]}]
+            [{"role": "user", "content": [{"type": "image", "path": row["image"]}, _text(row["question"])]}]
             for row in batch
         ]
         inputs = processor.apply_chat_template(
@@ -86,6 +87,10 @@ def answer(model, processor, images: list[dict], budget: int | str) -> list[dict
     return asked
 
 
+def _text(question: str) -> dict:
+    return {"type": "text", "text": question}
+
+
 def route(model, processor, paths: list[str]) -> list[dict]:
     """How many tokens the router would spend on each image."""
     routed = []
@@ -93,6 +98,13 @@ def route(model, processor, paths: list[str]) -> list[dict]:
         encoded = model.encode_images(processor(images=[path], return_tensors="pt")["pixel_values"])
         routed.append({"image": path, "tokens": encoded.lengths[0]})
     return routed
+
+
+def peak_memory_mib() -> int | None:
+    """Most memory this process ever held, in MiB; `None` where the system does not say."""
+    status = Path("/proc/self/status")  # getrusage would count what the parent held before this process began
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 if __name__ == "__main__":

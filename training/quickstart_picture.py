@@ -14,7 +14,8 @@ from PIL import Image
 
 _COLUMNS = 4
 _SIDE = 256  # pixels an image is shown at
-_RIGHT, _WRONG, _PLAIN = "#1b7f3b", "#c0392b", "#444444"
+_MARGIN, _ABOVE, _BELOW = 10, 34, 56  # pixels around it, for the texts
+_WINDOW, _RIGHT, _WRONG, _PLAIN = "#e0218a", "#1b7f3b", "#c0392b", "#444444"
 
 
 def draw_picture(rows: Sequence[dict[str, Any]], path: str | os.PathLike, *, title: str) -> None:
@@ -29,15 +30,18 @@ def draw_picture(rows: Sequence[dict[str, Any]], path: str | os.PathLike, *, tit
     from matplotlib.figure import Figure
 
     lines = math.ceil(len(rows) / _COLUMNS)
-    figure = Figure(figsize=(2.7 * _COLUMNS, 3.35 * lines + 0.6), layout="constrained", facecolor="white")
+    width = 0.01 * _COLUMNS * (_SIDE + 2 * _MARGIN)
+    height, heading = 0.01 * lines * (_SIDE + _ABOVE + _BELOW), 0.5
+    figure = Figure(figsize=(width, height + heading), facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(title, fontsize=15, fontweight="bold", y=1 - 0.15 / (height + heading), va="top")
     panels = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=height / (height + heading), wspace=0, hspace=0)
     for axes in panels:
         axes.axis("off")
     for axes, row in zip(panels, rows, strict=False):
         _draw_panel(axes, row)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def _draw_panel(axes: Any, row: dict[str, Any]) -> None:
@@ -45,23 +49,22 @@ def _draw_panel(axes: Any, row: dict[str, Any]) -> None:
 
     with Image.open(row["image"]) as image:
         axes.imshow(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
+    axes.set_xlim(-_MARGIN, _SIDE + _MARGIN)
+    axes.set_ylim(_SIDE + _BELOW, -_ABOVE)
     side = math.isqrt(row["tokens"])
-    window, gap = _SIDE / side, 5
+    window, gap = _SIDE / side, 4
+    rounded = {"boxstyle": "round,pad=0,rounding_size=9", "fill": False, "edgecolor": _WINDOW, "linewidth": 1.6}
     for index in range(side * side):
         corner = (index % side * window + gap, index // side * window + gap)
-        size = window - 2 * gap
-        axes.add_patch(
-            FancyBboxPatch(
-                corner, size, size, boxstyle="round,pad=0,rounding_size=9", fill=False, edgecolor="#e0218a", linewidth=1.6
-            )
-        )
-    axes.set_xlim(-3, _SIDE + 3)
-    axes.set_ylim(_SIDE + 3, -3)
-    plural = "token" if row["tokens"] == 1 else "tokens"
-    axes.set_title(f"{row['tokens']} {plural}", fontsize=13, fontweight="bold", color="#e0218a", pad=5)
-    if "answer" in row:
-        mark = "✓" if row["right"] else f"✗ ({row['expected']})"
-        caption, colour = f"{row['question']}?  {row['answer']} {mark}", _RIGHT if row["right"] else _WRONG
-    else:
-        caption, colour = shorten(Path(row["image"]).name, 34, placeholder="..."), _PLAIN
-    axes.text(_SIDE / 2, _SIDE + 12, caption, ha="center", va="top", fontsize=10.5, color=colour)
+        axes.add_patch(FancyBboxPatch(corner, window - 2 * gap, window - 2 * gap, **rounded))
+    centre = {"x": _SIDE / 2, "ha": "center"}
+    count = f"{row['tokens']} token{'' if row['tokens'] == 1 else 's'}"
+    axes.text(**centre, y=-6, s=count, va="bottom", fontsize=14, fontweight="bold", color=_WINDOW)
+    if "answer" not in row:
+        name = shorten(Path(row["image"]).name, 30, placeholder="...")
+        axes.text(**centre, y=_SIDE + 6, s=name, va="top", fontsize=11, color=_PLAIN)
+        return
+    answer = f"{row['answer']}  ✓" if row["right"] else f"{row['answer']}  ✗  ({row['expected']})"
+    colour = _RIGHT if row["right"] else _WRONG
+    axes.text(**centre, y=_SIDE + 6, s=f"{row['question']}?", va="top", fontsize=11, color=_PLAIN)
+    axes.text(**centre, y=_SIDE + 25, s=answer, va="top", fontsize=12, fontweight="bold", color=colour)

@@ -74,16 +74,18 @@ def benchmark_cpu(result: dict[str, Any]) -> str:
 
 def quickstart(result: dict[str, Any]) -> str:
     """Accuracy and tokens of the model that the quickstart trains."""
+    counts, scores = result["token_counts"], result["scores"]
+    labels = {"auto": "per image", "smallest": f"always {counts[0]}", "largest": f"always {counts[-1]}"}
+    kinds = list(scores["auto"])
     rows = [
-        [budget["name"], kind, f"{row['accuracy']:.1%}", f"{row['mean_tokens']:.1f}"]
-        for budget in result["budgets"]
-        for kind, row in budget["kinds"].items()
+        [label, *(f"{scores[name][kind]['accuracy']:.0%} ({scores[name][kind]['mean_tokens']:.1f})" for kind in kinds)]
+        for name, label in labels.items()
     ]
-    seconds = sum(phase["seconds"] for phase in result["phases"])
     return (
-        f"`make quickstart` trained this model from nothing in {seconds / 60:.1f} minutes on {result['cores']} CPU "
-        f"cores ({result['peak_memory_mb'] / 1024:.1f} GB at most); {result['num_questions']} held-out questions:\n\n"
-        + table(["budget", "kind", "right", "mean tokens"], rows)
+        f"`make quickstart` builds this model of {result['parameters'] / 1e6:.1f} million parameters from nothing in "
+        f"{result['seconds']['total'] / 60:.1f} minutes on a CPU ({result['peak_memory_mib']['training']} MiB at "
+        f"most). {scores['auto']['all']['questions']} held-out questions, right answers and mean visual tokens:\n\n"
+        + table(["tokens", *kinds], rows)
     )
 
 

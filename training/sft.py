@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     if training.push_to_hub:  # before the merged model stands in the folder
         trainer.push_to_hub(dataset_name=script.dataset_name)
     if script.merge and trainer.is_world_process_zero():
-        folder = merge_adapter(training.output_dir, os.path.join(training.output_dir, "merged"), base=name, **loading)
+        output = str(training.output_dir)
+        folder = merge_adapter(output, os.path.join(output, "merged"), base=name, **loading)
         print(f"Saved {folder}")
     return trainer
 

@@ -9,6 +9,7 @@ every patch what it shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,8 +56,11 @@ _WIDTH = 64
 _WEIGHT_SCALE = 0.08
 _EMBEDDING_SCALE = 0.5
 _POSITION_SCALE = 2.0
+_ALL_TOKENS_UNTIL = 0.6  # share of the training
+_SHARE_OF_FEW = 0.5  # share of the later batches
 _QUESTIONS_PER_IMAGE = 4
-_TRAINING_MIX = ("scene", "document", "document", "scene", "document", "collage")  # harder kinds more often
+# What is harder to learn comes more often.
+_TRAINING_MIX = ("scene", "document", "scene", "document", "collage", "document", "scene", "document")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,12 +134,38 @@ def conversation(image: RenderedImage, rng: np.random.Generator) -> list[dict[st
     ]
 
 
+@dataclass(frozen=True)
+class TrainingImages:
+    """Rendered images, processed once.
+
+    Args:
+        images: The images.
+        pixel_values: `(num_images, 3, IMAGE_SIZE, IMAGE_SIZE)`, in half precision to save memory.
+        patch_contents: What each patch shows, `(num_images, GRID * GRID)`.
+    """
+
+    images: Sequence[RenderedImage]
+    pixel_values: Tensor
+    patch_contents: Tensor
+
+
+def prepare_images(processor: AdaptiveLlavaProcessor, count: int, *, seed: int) -> TrainingImages:
+    """Renders images for `train_from_scratch`, in the mix of kinds from which a model learns them all."""
+    images = render_images(count, seed=seed, kinds=_TRAINING_MIX)
+    pixel_values = [
+        processor(images=[image.image for image in images[start : start + 100]], return_tensors="pt")["pixel_values"]
+        for start in range(0, count, 100)
+    ]
+    contents = torch.tensor([image.patch_contents for image in images])
+    return TrainingImages(images, torch.cat([pixels.half() for pixels in pixel_values]), contents)
+
+
 def train_from_scratch(
     model: AdaptiveLlavaForConditionalGeneration,
     processor: AdaptiveLlavaProcessor,
+    data: TrainingImages,
     *,
     steps: int,
-    num_images: int,
     seed: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
     batch_size: int = 32,
@@ -146,16 +176,13 @@ def train_from_scratch(
     Args:
         model: The model of `build_model`.
         processor: Its processor.
+        data: Images of `prepare_images`.
         steps: Optimiser steps.
-        num_images: Images to render.
-        seed: Seed of the images and of the batches.
+        seed: Seed of the batches.
         report: Called after every step with the number of steps done and the loss.
         batch_size: Images per step.
         learning_rate: Peak; warmed up over the first 5 %, then a half cosine down to 5 %.
     """
-    images = render_images(num_images, seed=seed, kinds=_TRAINING_MIX)
-    pixel_values = torch.cat([_pixels(processor, images[start : start + 256]) for start in range(0, num_images, 256)])
-    contents = torch.tensor([image.patch_contents for image in images])
     words = _Words(processor.tokenizer)
     patches = _LastPatches(model.model.vision_tower)
     content_head = nn.Linear(_WIDTH, len(PATCH_CONTENTS))
@@ -165,16 +192,18 @@ def train_from_scratch(
     rng = np.random.default_rng(seed)
     model.train()
     for step in range(1, steps + 1):
-        chosen = rng.integers(num_images, size=batch_size)
-        input_ids, labels = words.batch([conversation(images[index], rng) for index in chosen])
+        chosen = rng.integers(len(data.images), size=batch_size)
+        input_ids, labels = words.batch([conversation(data.images[index], rng) for index in chosen])
         loss = model(
             input_ids=input_ids,
             attention_mask=(input_ids != processor.tokenizer.pad_token_id).long(),
-            pixel_values=pixel_values[chosen],
+            pixel_values=data.pixel_values[chosen].float(),
             labels=labels,
-            visual_token_budget=GRID**2,
+            visual_token_budget=_budget(step / steps, rng),
         ).loss
-        content_loss = F.cross_entropy(content_head(patches.features).flatten(0, 1), contents[chosen].flatten())
+        content_loss = F.cross_entropy(
+            content_head(patches.features).flatten(0, 1), data.patch_contents[chosen].flatten()
+        )
         optimizer.zero_grad()
         (loss + content_loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -186,8 +215,10 @@ def train_from_scratch(
     model.eval()
 
 
-def _pixels(processor: AdaptiveLlavaProcessor, images: Sequence[RenderedImage]) -> Tensor:
-    return processor(images=[image.image for image in images], return_tensors="pt")["pixel_values"]
+def _budget(progress: float, rng: np.random.Generator) -> int:
+    """All tokens until reading is learned, then now and then only a few."""
+    few = progress > _ALL_TOKENS_UNTIL and rng.random() < _SHARE_OF_FEW
+    return int(rng.choice([(GRID // factor) ** 2 for factor in FACTORS[1:]])) if few else GRID**2
 
 
 def _rate(progress: float) -> float:
