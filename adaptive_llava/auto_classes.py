@@ -28,7 +28,7 @@ def _vision2seq_class() -> type:
     # the module that a later `import transformers` finds is not always the one bound here
     for module in ("transformers", "transformers.models.auto", "transformers.models.auto.modeling_auto"):
         if module in sys.modules:
-            sys.modules[module].AutoModelForVision2Seq = AutoModelForVision2Seq
+            setattr(sys.modules[module], AutoModelForVision2Seq.__name__, AutoModelForVision2Seq)
     return AutoModelForVision2Seq
 
 

@@ -262,17 +262,19 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                     "`encoded_images` already holds its images and their token counts; pass it without "
                     "`pixel_values`, `visual_token_budget` and `visual_rungs`."
                 )
-            host = to_host(input_ids, attention_mask, position_ids)
-            return EncodedBatch(*host, encoded_images, self._is_compact(host[0], encoded_images.lengths))
+            ids, mask, positions = to_host(input_ids, attention_mask, position_ids)
+            return EncodedBatch(ids, mask, positions, encoded_images, self._is_compact(ids, encoded_images.lengths))
         features = self.extract_features(pixel_values)
         routing = self.router(features)
-        *host, rungs, scores = to_host(input_ids, attention_mask, position_ids, routing.rungs, routing.scores)
-        per_prompt = (host[0] == self.config.image_token_id).sum(1).tolist()
+        ids, mask, positions, rungs, scores = to_host(
+            input_ids, attention_mask, position_ids, routing.rungs, routing.scores
+        )
+        per_prompt = (ids == self.config.image_token_id).sum(1).tolist()
         if sum(per_prompt) != len(features.views_per_image):
             per_prompt = None  # an expanded batch: its counts are fixed beforehand
         decided = self._decide(features, routing, visual_token_budget, visual_rungs, per_prompt, rungs, scores)
         encoded = self._compress(features, routing, decided)
-        return EncodedBatch(*host, encoded, self._is_compact(host[0], encoded.lengths))
+        return EncodedBatch(ids, mask, positions, encoded, self._is_compact(ids, encoded.lengths))
 
     def get_image_features(
         self,
@@ -514,7 +516,7 @@ class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, Placeh
     def __init__(self, config: AdaptiveLlavaConfig):
         super().__init__(config)
         self.model = AdaptiveLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._adopt_language_model_names()
         self.post_init()
 
@@ -639,7 +641,7 @@ class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, Placeh
             model.generation_config = generation
         return model.eval()
 
-    def _warm_start_projector(self, trained: nn.Module) -> None:
+    def _warm_start_projector(self, trained: Any) -> None:
         # same width: taken over; joined windows: each position gets its share, which equals averaging them first
         own, weight = self.model.multi_modal_projector, trained.linear_1.weight
         joined = own.linear_1.in_features // weight.shape[1]

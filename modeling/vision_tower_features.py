@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .visual_tokens import VisionFeatures
 
@@ -30,7 +32,7 @@ def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | N
 
 
 def extract_features(
-    tower: nn.Module,
+    tower: Any,
     pixel_values: Tensor,
     layer: int | Sequence[int],
     blocks: Sequence[int] = (),
@@ -46,8 +48,8 @@ def extract_features(
     Raises:
         ValueError: The tower's tokens form no patch grid.
     """
-    outputs = tower(pixel_values, output_hidden_states=True)
-    states = outputs.hidden_states
+    outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True)
+    states = _layer_by_layer(tower, pixel_values) if outputs is None else outputs.hidden_states
     layers = [layer] if isinstance(layer, int) else list(layer)
     for index in [*layers, *blocks]:
         if not -len(states) <= index < len(states):
@@ -77,12 +79,25 @@ def extract_features(
     )
 
 
+def _keeps_states_to_itself(tower: nn.Module) -> bool:
+    # in 4.57 the wrapper of SigLIP collects the hidden states, and the tower inside it cannot
+    takes_option = "output_hidden_states" in inspect.signature(tower.forward).parameters
+    return not isinstance(tower, PreTrainedModel) and not takes_option
+
+
+def _layer_by_layer(tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+    states = [tower.embeddings(pixel_values)]
+    for encoder_layer in tower.encoder.layers:
+        states.append(encoder_layer(states[-1], None))
+    return states
+
+
 def _patches(state: Tensor, prefix: int) -> Tensor:
     # (V, dim, H, W) -> (V, H * W, dim), or drop [CLS] and register tokens
     return state.flatten(2).transpose(1, 2) if state.dim() == 4 else state[:, prefix:]
 
 
-def _class_token(outputs: object, prefix: int) -> Tensor | None:
+def _class_token(outputs: Any, prefix: int) -> Tensor | None:
     if prefix == 0:
         return None
     pooled = getattr(outputs, "pooler_output", None)

@@ -112,14 +112,12 @@ def resolve_rungs(
         return routing.rungs.tolist()
     if isinstance(budget, Tensor):
         budget = budget.tolist()
-    if isinstance(budget, str):
-        raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
     if isinstance(budget, Mapping):
         return _resolve_mapping(budget, routing, ladder, views_per_image, images_per_prompt)
-    if not isinstance(budget, int) and not isinstance(budget, Sequence):
-        raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
-    per_image = rungs_for_budget(budget, ladder, views_per_image)
-    return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
+    if not isinstance(budget, str) and isinstance(budget, (int, Sequence)):
+        per_image = rungs_for_budget(budget, ladder, views_per_image)
+        return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
+    raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
 
 
 def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> None:
@@ -137,7 +135,7 @@ def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> Non
         )
 
 
-def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
+def to_host(*tensors: Any) -> list[Any]:
     """CPU copies of several integer or fp32 tensors through a single device-to-host transfer."""
     present = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.device.type == "cpu" for tensor in present):

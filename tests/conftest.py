@@ -67,10 +67,11 @@ def tiny_model(preset: str = "llava", *, vision: str = "clip", text: str = "qwen
     """A random model whose weights are large enough that every part matters to the logits."""
     torch.manual_seed(seed)
     tied = fields.pop("tie_word_embeddings", False)
+    text_options = fields.pop("text_options", {})
     config = AdaptiveLlavaConfig.from_preset(
         preset,
         vision_config=tiny_vision_config(vision),
-        text_config=tiny_text_config(text, tie_word_embeddings=tied),
+        text_config=tiny_text_config(text, tie_word_embeddings=tied, **text_options),
         image_token_id=IMAGE_TOKEN,
         **fields,
     )

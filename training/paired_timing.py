@@ -1,7 +1,7 @@
 """Two ways to do one thing, timed in interleaved pairs, and the ratio of their medians with its interval.
 
-A machine drifts: clocks, caches and neighbours change from minute to minute. Timed as A B A B, both sides meet the same
-machine, and resampling whole pairs keeps what they share.
+A machine drifts: clocks, caches and neighbours change from minute to minute. Timed as A B A B, both sides meet the
+same machine, and resampling whole pairs keeps what they share.
 """
 
 from __future__ import annotations

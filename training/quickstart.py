@@ -31,7 +31,7 @@ from adaptive_llava.training.quickstart_answers import peak_memory_mib
 from adaptive_llava.training.rendered_images import KINDS, RenderedImage, render_images
 
 
-SCRATCH_STEPS, SCRATCH_IMAGES = 1500, 8000
+SCRATCH_STEPS = 1500
 LORA_STEPS, LORA_IMAGES = 700, 6000
 CALIBRATION_IMAGES = 900
 HELD_OUT_IMAGES = 300
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        own_images = find_images(options.images) if options.images else []
-        output = prepare_output(options.output)
         if not options.steps_scale > 0:
             raise ValueError(f"`--steps-scale {options.steps_scale}` must be above 0; 1 is the full training.")
+        own_images = find_images(options.images) if options.images else []
+        output = prepare_output(options.output)
     except (OSError, ValueError) as error:
         parser.exit(2, f"quickstart: {error}\n")
     _quieten_libraries()
@@ -116,16 +116,15 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
 
 
 def train_model(steps_scale: float) -> tuple[Any, Any]:
-    """Phase 1: an untrained model learns to see and to read, always looking at all 16 tokens."""
+    """Phase 1: an untrained model learns to see and to read, at random token counts in the end."""
     from tqdm import tqdm
 
-    from adaptive_llava.training.tiny_model import build_model, prepare_images, train_from_scratch
+    from adaptive_llava.training.tiny_model import build_model, train_from_scratch
 
     model, processor = build_model()
-    steps, num_images = _scaled(SCRATCH_STEPS, steps_scale), _scaled(SCRATCH_IMAGES, steps_scale)
+    steps = _scaled(SCRATCH_STEPS, steps_scale)
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"  {size:,} parameters; rendering {num_images:,} images: {', '.join(f'{kind}s' for kind in KINDS)}")
-    data = prepare_images(processor, num_images, seed=SCRATCH_SEED)
+    print(f"  {size:,} parameters; images rendered on the way: {', '.join(f'{kind}s' for kind in KINDS)}")
     with _progress_bar("from scratch", steps) as bar:
 
         def report(step: int, loss: float) -> None:
@@ -133,7 +132,7 @@ def train_model(steps_scale: float) -> tuple[Any, Any]:
                 bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
             bar.update()
 
-        train_from_scratch(model, processor, data, steps=steps, seed=SCRATCH_SEED, report=report)
+        train_from_scratch(model, processor, steps=steps, seed=SCRATCH_SEED, report=report)
     return model, processor
 
 
@@ -254,7 +253,9 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
             f"`--images {folder}`: {error} Put readable image files into the folder, or take this one out."
         ) from error
     if not all(file.is_file() for file in files):
-        raise ValueError(f"`--images {folder}`: the folder holds a dataset. Pass one with image files (PNG, JPEG, ...).")
+        raise ValueError(
+            f"`--images {folder}`: the folder holds a dataset. Pass one with image files (PNG, JPEG, ...)."
+        )
     return files
 
 
@@ -368,7 +369,9 @@ def _print_examples(rows: Sequence[dict]) -> None:
     print(f"  {'image':<18}{'tokens':>6}  {'question':<31}{'answer':<10}")
     for row in rows:
         verdict = "right" if row["right"] else f"WRONG, it is {row['expected']}"
-        print(f"  {Path(row['image']).stem:<18}{row['tokens']:>6}  {row['question'] + '?':<31}{row['answer']:<10}{verdict}")
+        print(
+            f"  {Path(row['image']).stem:<18}{row['tokens']:>6}  {row['question'] + '?':<31}{row['answer']:<10}{verdict}"
+        )
 
 
 def _print_scores(scores: dict[str, Any], counts: Sequence[int]) -> None:

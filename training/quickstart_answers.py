@@ -38,7 +38,9 @@ def main(libraries: str, job_file: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(job["model"], trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(job["model"], trust_remote_code=True)
-    print(f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder")
+    print(
+        f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder"
+    )
 
     counts = list(model.config.visual_token_counts)
     answers = {}

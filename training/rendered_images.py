@@ -59,23 +59,25 @@ class RenderedImage:
     patch_contents: tuple[int, ...]
 
 
-def render_images(count: int, *, seed: int, kinds: Sequence[str] = KINDS) -> list[RenderedImage]:
+def render_images(count: int, *, seed: int, kinds: Sequence[str] = KINDS, start: int = 0) -> list[RenderedImage]:
     """Draws `count` images, the kinds taking turns.
 
     Args:
         count: Number of images.
         seed: Sets with different seeds share no random numbers: use one for training and another for testing.
         kinds: Kinds to draw, in the order in which they take turns; repeat one to draw it more often.
+        start: Index of the first image, to draw a long series bit by bit.
 
     Raises:
         ValueError: For a negative count, no kinds, or an unknown kind.
     """
-    if count < 0:
-        raise ValueError(f"`count={count}` must not be negative.")
+    if count < 0 or start < 0:
+        raise ValueError(f"`count={count}` and `start={start}` must not be negative.")
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"`kinds={list(kinds)}` must name at least one of {', '.join(KINDS)}, and nothing else.")
-    return [_DRAW[kinds[index % len(kinds)]](np.random.default_rng((seed, index))) for index in range(count)]
+    indices = range(start, start + count)
+    return [_DRAW[kinds[index % len(kinds)]](np.random.default_rng((seed, index))) for index in indices]
 
 
 def vocabulary() -> list[str]:

@@ -9,7 +9,6 @@ every patch what it shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -134,36 +133,9 @@ def conversation(image: RenderedImage, rng: np.random.Generator) -> list[dict[st
     ]
 
 
-@dataclass(frozen=True)
-class TrainingImages:
-    """Rendered images, processed once.
-
-    Args:
-        images: The images.
-        pixel_values: `(num_images, 3, IMAGE_SIZE, IMAGE_SIZE)`, in half precision to save memory.
-        patch_contents: What each patch shows, `(num_images, GRID * GRID)`.
-    """
-
-    images: Sequence[RenderedImage]
-    pixel_values: Tensor
-    patch_contents: Tensor
-
-
-def prepare_images(processor: AdaptiveLlavaProcessor, count: int, *, seed: int) -> TrainingImages:
-    """Renders images for `train_from_scratch`, in the mix of kinds from which a model learns them all."""
-    images = render_images(count, seed=seed, kinds=_TRAINING_MIX)
-    pixel_values = [
-        processor(images=[image.image for image in images[start : start + 100]], return_tensors="pt")["pixel_values"]
-        for start in range(0, count, 100)
-    ]
-    contents = torch.tensor([image.patch_contents for image in images])
-    return TrainingImages(images, torch.cat([pixels.half() for pixels in pixel_values]), contents)
-
-
 def train_from_scratch(
     model: AdaptiveLlavaForConditionalGeneration,
     processor: AdaptiveLlavaProcessor,
-    data: TrainingImages,
     *,
     steps: int,
     seed: int,
@@ -171,14 +143,13 @@ def train_from_scratch(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
 ) -> None:
-    """Trains everything at the largest token count, in place.
+    """Trains everything, in place: at the largest token count, and later also at smaller ones.
 
     Args:
         model: The model of `build_model`.
         processor: Its processor.
-        data: Images of `prepare_images`.
-        steps: Optimiser steps.
-        seed: Seed of the batches.
+        steps: Optimiser steps, each on newly rendered images.
+        seed: Seed of the images and of the questions asked.
         report: Called after every step with the number of steps done and the loss.
         batch_size: Images per step.
         learning_rate: Peak; warmed up over the first 5 %, then a half cosine down to 5 %.
@@ -192,18 +163,17 @@ def train_from_scratch(
     rng = np.random.default_rng(seed)
     model.train()
     for step in range(1, steps + 1):
-        chosen = rng.integers(len(data.images), size=batch_size)
-        input_ids, labels = words.batch([conversation(data.images[index], rng) for index in chosen])
+        images = render_images(batch_size, seed=seed, kinds=_TRAINING_MIX, start=(step - 1) * batch_size)
+        input_ids, labels = words.batch([conversation(image, rng) for image in images])
         loss = model(
             input_ids=input_ids,
             attention_mask=(input_ids != processor.tokenizer.pad_token_id).long(),
-            pixel_values=data.pixel_values[chosen].float(),
+            pixel_values=_pixels(processor, images),
             labels=labels,
             visual_token_budget=_budget(step / steps, rng),
         ).loss
-        content_loss = F.cross_entropy(
-            content_head(patches.features).flatten(0, 1), data.patch_contents[chosen].flatten()
-        )
+        contents = torch.tensor([image.patch_contents for image in images])
+        content_loss = F.cross_entropy(content_head(patches.features).flatten(0, 1), contents.flatten())
         optimizer.zero_grad()
         (loss + content_loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -213,6 +183,14 @@ def train_from_scratch(
     patches.remove()
     model.config.compressor_trained = True
     model.eval()
+
+
+def _pixels(processor: AdaptiveLlavaProcessor, images: Sequence[RenderedImage]) -> Tensor:
+    """What the processor makes of images that need no resizing, without its overhead: `(N, 3, size, size)`."""
+    options = processor.image_processor
+    pixels = np.stack([np.asarray(image.image) for image in images]).astype(np.float32) / 255
+    normalised = (pixels - np.float32(options.image_mean)) / np.float32(options.image_std)
+    return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
 
 
 def _budget(progress: float, rng: np.random.Generator) -> int:
