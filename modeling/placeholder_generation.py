@@ -118,6 +118,8 @@ class PlaceholderGenerationMixin(GenerationMixin):
             pixel_values = None
         if pixel_values is None and encoded_images is None:
             check_no_images(visual_token_budget, visual_rungs)
+            if input_ids is not None and not config.is_assistant:
+                _check_no_placeholders(input_ids, self.config.image_token_id)
             if max_expanded_length is not None:
                 given = input_ids if input_ids is not None else kwargs["inputs_embeds"]
                 kwargs |= _expanded_lengths(config, kwargs, given.shape[1], 0, max_expanded_length)
@@ -273,6 +275,15 @@ def _expanded_lengths(
 
 def _is_default(config: GenerationConfig, name: str) -> bool:
     return getattr(config, name) == getattr(GenerationConfig(), name)
+
+
+def _check_no_placeholders(input_ids: Tensor, image_token_id: int) -> None:
+    per_row = (input_ids == image_token_id).sum(1).tolist()
+    if any(per_row):
+        raise ValueError(
+            f"`input_ids` has {sum(per_row)} image placeholders (by row: {per_row}), but there are no images. Pass "
+            "`pixel_values` or `encoded_images`, or take the placeholders out of the prompt."
+        )
 
 
 def _check_cached_rows(layout: PlaceholderLayout, cache: Any) -> None:

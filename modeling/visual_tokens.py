@@ -114,7 +114,7 @@ def resolve_rungs(
         budget = budget.tolist()
     if isinstance(budget, Mapping):
         return _resolve_mapping(budget, routing, ladder, views_per_image, images_per_prompt)
-    if not isinstance(budget, str) and isinstance(budget, (int, Sequence)):
+    if isinstance(budget, (int, list, tuple)):
         per_image = rungs_for_budget(budget, ladder, views_per_image)
         return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
     raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")

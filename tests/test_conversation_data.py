@@ -1,6 +1,7 @@
 """Datasets of every kind give the same rows; what cannot be trained on is refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def write_lines(path, rows):
 def test_every_kind_of_source_gives_the_same_batch(picture_files, tmp_path, monkeypatch):
     folder = picture_files
     plain = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": a}] for a in ("A cat.", "3")]
-    rows = [{"messages": m, "images": [f"shots/{i}.png"]} for i, m in enumerate(plain)]
+    rows: list[dict[str, Any]] = [{"messages": m, "images": [f"shots/{i}.png"]} for i, m in enumerate(plain)]
     write_lines(folder / "rows.jsonl", rows)
     (folder / "rows.json").write_text(json.dumps(rows))
     llava = [{"image": f"shots/{i}.png", "conversations": [LLAVA_TURNS[0], {"from": "gpt", "value": m[1]["content"]}]}

@@ -241,6 +241,8 @@ def test_the_other_transformers_release_gives_the_same_numbers(auto_class, check
 
 # far from the default of 10000, and named as this release names it
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}} if IS_5 else {"rope_theta": 50.0}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+SCALED = {"rope_parameters": {"rope_theta": 50.0, **LINEAR}} if IS_5 else {"rope_theta": 50.0, "rope_scaling": LINEAR}
 
 
 @with_the_other_transformers
@@ -250,8 +252,9 @@ ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}} if IS_5
         {"text": "llama", "vision": "siglip", "tie_word_embeddings": True},
         {"text": "qwen2", "tie_word_embeddings": True, "vision_feature_layer": [-2, -1]},
         {"text": "llama", "text_options": ROPE},
+        {"text": "qwen2", "text_options": SCALED},
     ],
-    ids=["siglip and tied llama", "tied qwen2 and two layers", "another rope base"],
+    ids=["siglip and tied llama", "tied qwen2 and two layers", "another rope base", "scaled rope"],
 )
 def test_tied_heads_and_rotary_bases_survive_the_other_transformers_release(options, tmp_path):
     folder = save_checkpoint(tmp_path / "tiny", **options)

@@ -43,9 +43,11 @@ def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd):
         sum(seconds for phase, seconds in results["seconds"].items() if phase != "total"), abs=0.1
     )
     scores = results["scores"]
+    assert list(scores) == ["before_largest", "before_auto", "smallest", "auto", "largest"]
     for kind in (*KINDS, "all"):
         assert scores["smallest"][kind]["mean_tokens"] == 1
-        assert scores["largest"][kind]["mean_tokens"] == 16
+        assert scores["largest"][kind]["mean_tokens"] == scores["before_largest"][kind]["mean_tokens"] == 16
+        assert scores["auto"][kind]["mean_tokens"] == scores["before_auto"][kind]["mean_tokens"]
         assert f"{scores['auto'][kind]['accuracy']:.1%}" in shown
     assert scores["auto"]["all"]["mean_tokens"] == pytest.approx(7, abs=1.5)
     assert scores["auto"]["all"]["questions"] == 2 * quickstart.HELD_OUT_IMAGES

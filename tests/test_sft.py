@@ -126,10 +126,10 @@ def command(base, data, output, *options, recipe=LORA):
 def inputs_of(processor, budget=None):
     chats = [turns("", images=1)[:1], turns("", images=2)[:1]]
     for index, chat in enumerate(chats):
-        images = iter(picture(90 + 3 * index + k) for k in range(2))
+        shown = iter(picture(90 + 3 * index + k) for k in range(2))
         for part in chat[0]["content"]:
             part.pop("text", None) if part["type"] == "image" else None
-        chat[0]["content"] = [{**p, "image": next(images)} if p["type"] == "image" else p for p in chat[0]["content"]]
+        chat[0]["content"] = [{**p, "image": next(shown)} if p["type"] == "image" else p for p in chat[0]["content"]]
     prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
     images = [[part["image"] for part in chat[0]["content"] if part["type"] == "image"] for chat in chats]
     return processor(images=images, text=prompts, padding=True, padding_side="right", return_tensors="pt")

@@ -15,7 +15,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -165,8 +164,8 @@ class Workload:
     def pixels(self, images: int) -> Tensor:
         """Random images, `(images, 3, size, size)`."""
         size = self.vision.image_size
-        images = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1))
-        return images.to(self.device, getattr(torch, self.dtype))
+        pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1))
+        return pixels.to(self.device, getattr(torch, self.dtype))
 
     def prompt(self, rows: int = 1, placeholders: int = 1) -> dict[str, Tensor]:
         """Prompts of `TEXT_TOKENS` text ids around one image, as `input_ids` and `attention_mask`."""
@@ -181,9 +180,10 @@ class Workload:
         scores = torch.zeros(rows, device=self.device)
         return EncodedImages(values, (tokens,) * rows, (0,) * rows, scores, (1,) * rows)
 
-    def time(self, ours: Callable[[], object], peer: Callable[[], object]) -> Pairs:
-        """Seconds of both sides in interleaved pairs."""
-        return timed_pairs(ours, peer, pairs=self.pairs, device=self.device, progress=self.progress)
+    def time(self, ours: Callable[[], object], peer: Callable[[], object], most: int | None = None) -> Pairs:
+        """Seconds of both sides in interleaved pairs, at most `most` of them."""
+        pairs = self.pairs if most is None else min(most, self.pairs)
+        return timed_pairs(ours, peer, pairs=pairs, device=self.device, progress=self.progress)
 
     @cached_property
     def generation_pairs(self) -> tuple[Pairs, Pairs]:
@@ -195,7 +195,7 @@ class Workload:
         first = first[-2 * len(pairs) :]
         return list(zip(first[::2], first[1::2], strict=True)), pairs
 
-    def _generate(self, model: PreTrainedModel, placeholders: int, first: list[float]) -> float:
+    def _generate(self, model: Any, placeholders: int, first: list[float]) -> float:
         # Seconds per token after the first; those of the first go into `first`. The head runs once per step, so its
         # first call ends the prefill, on both sides alike.
         marks: list[float] = []
@@ -205,7 +205,7 @@ class Workload:
                 wait_for(self.device)
                 marks.append(time.perf_counter())
 
-        hook = model.lm_head.register_forward_hook(mark)
+        hook = model.get_output_embeddings().register_forward_hook(mark)
         start = time.perf_counter()
         model.generate(
             **self.prompt(1, placeholders),

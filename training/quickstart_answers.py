@@ -1,4 +1,4 @@
-"""Answer held-out questions with a saved model, in a process that cannot import this package.
+"""Answer held-out questions with saved models, in a process that cannot import this package.
 
 `quickstart.py` runs this file by itself, with Python's isolated mode and a library folder in which the package does
 not exist: what it prints was computed by the code files saved beside the weights.
@@ -12,6 +12,13 @@ from pathlib import Path
 
 
 BATCH_SIZE = 64  # prompts
+RUNS = {  # name: which model, at which budget
+    "before_largest": ("before", "largest"),
+    "before_auto": ("before", "auto"),
+    "smallest": ("after", "smallest"),
+    "auto": ("after", "auto"),
+    "largest": ("after", "largest"),
+}
 
 
 def main(libraries: str, job_file: str) -> None:
@@ -19,7 +26,7 @@ def main(libraries: str, job_file: str) -> None:
 
     Args:
         libraries: Folder to import torch, transformers and the rest from.
-        job_file: JSON with `model` (folder), `images` (`path`, `kind`, `questions`), `own_images` (paths) and
+        job_file: JSON with `models` (folders, `before` and `after` fine-tuning), `images` (`path`, `kind`, `questions`), `own_images` (paths) and
             `output` (file to write).
     """
     sys.path.append(libraries)
@@ -36,17 +43,22 @@ def main(libraries: str, job_file: str) -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(job["model"], trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(job["model"], trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(job["models"]["after"], trust_remote_code=True)
+    models = {
+        name: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        for name, folder in job["models"].items()
+    }
+    model = models["after"]
     print(
         f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder"
     )
 
     counts = list(model.config.visual_token_counts)
-    answers = {}
-    for name, budget in {"auto": "auto", "smallest": counts[0], "largest": counts[-1]}.items():
-        answers[name] = answer(model, processor, job["images"], budget)
-        print(f"  answered {len(answers[name])} questions at budget {budget}", flush=True)
+    budgets = {"smallest": counts[0], "auto": "auto", "largest": counts[-1]}
+    answers: dict[str, list[dict]] = {}
+    for name, (tuning, budget) in RUNS.items():
+        answers[name] = answer(models[tuning], processor, job["images"], budgets[budget])
+        print(f"  asked {len(answers[name])} questions {tuning} fine-tuning, budget {budgets[budget]}", flush=True)
     result = {
         "package_importable": False,
         "model_class": f"{type(model).__module__}.{type(model).__name__}",

@@ -28,7 +28,7 @@ COLOURS = {
     "purple": (138, 63, 178),
     "black": (32, 32, 38),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+SHAPES = ("ring", "square", "triangle", "cross", "star")
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIGITS = tuple("0123456789")
 
@@ -94,7 +94,7 @@ def _ask(what: str, place: str | None = None) -> str:
 
 def _draw_scene(rng: np.random.Generator) -> RenderedImage:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
-    radius = rng.uniform(13, 19)
+    radius = rng.uniform(14, 20)
     centre = rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, size=2)
     picture, patch_contents = _draw_shapes(_soft_background(rng), [(shape, colour, centre, radius)])
     questions = ((_ask("colour"), colour), (_ask("shape"), shape))
@@ -146,7 +146,7 @@ def _soft_background(rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_shapes(picture: Image.Image, shapes: list) -> tuple[Image.Image, tuple[int, ...]]:
-    """Draws `(shape, colour, centre, radius)` entries, in pixels of the finished image, and says which cell shows what."""
+    """Draws `(shape, colour, centre, radius)` entries, in pixels, and says what each cell then shows."""
     size = IMAGE_SIZE * _OVERSAMPLING
     contents = np.full(GRID**2, PATCH_CONTENTS.index("background"))
     for shape, colour, centre, radius in shapes:
@@ -160,8 +160,8 @@ def _draw_shapes(picture: Image.Image, shapes: list) -> tuple[Image.Image, tuple
 
 def _fill(draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float) -> None:
     x, y = centre
-    if shape == "circle":
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+    if shape == "ring":
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=255, width=round(radius * 0.5))
     elif shape == "square":
         side = radius * 0.85
         draw.rectangle([x - side, y - side, x + side, y + side], fill=255)

@@ -29,8 +29,8 @@ from adaptive_llava.training.rendered_images import (
 )
 
 
-# The answer begins right after the question's last word, the one that says what is asked for: with a marker in between,
-# two layers need several times as long to learn to look up a cell.
+# The answer begins right after the question's last word, which says what is asked for: with a marker in between, two
+# layers need several times as long to learn to look up a cell.
 CHAT_TEMPLATE = """
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
@@ -55,11 +55,11 @@ _WIDTH = 64
 _WEIGHT_SCALE = 0.08
 _EMBEDDING_SCALE = 0.5
 _POSITION_SCALE = 2.0
-_ALL_TOKENS_UNTIL = 0.6  # share of the training
-_SHARE_OF_FEW = 0.5  # share of the later batches
+_EARLY = 0.5  # share of the training
 _QUESTIONS_PER_IMAGE = 4
-# What is harder to learn comes more often.
-_TRAINING_MIX = ("scene", "document", "scene", "document", "collage", "document", "scene", "document")
+# To look up a cell is the hardest, and comes most often until it is learned; then it is the shapes' turn.
+_EARLY_MIX = ("scene", "document", "scene", "document", "collage", "document", "scene", "document")
+_LATE_MIX = ("scene", "collage", "scene", "document", "scene")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -143,7 +143,7 @@ def train_from_scratch(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
 ) -> None:
-    """Trains everything, in place: at the largest token count, and later also at smaller ones.
+    """Trains everything at the largest token count, in place.
 
     Args:
         model: The model of `build_model`.
@@ -163,14 +163,15 @@ def train_from_scratch(
     rng = np.random.default_rng(seed)
     model.train()
     for step in range(1, steps + 1):
-        images = render_images(batch_size, seed=seed, kinds=_TRAINING_MIX, start=(step - 1) * batch_size)
+        mix = _EARLY_MIX if step <= _EARLY * steps else _LATE_MIX
+        images = render_images(batch_size, seed=seed, kinds=mix, start=(step - 1) * batch_size)
         input_ids, labels = words.batch([conversation(image, rng) for image in images])
         loss = model(
             input_ids=input_ids,
             attention_mask=(input_ids != processor.tokenizer.pad_token_id).long(),
             pixel_values=_pixels(processor, images),
             labels=labels,
-            visual_token_budget=_budget(step / steps, rng),
+            visual_token_budget=GRID**2,
         ).loss
         contents = torch.tensor([image.patch_contents for image in images])
         content_loss = F.cross_entropy(content_head(patches.features).flatten(0, 1), contents.flatten())
@@ -191,12 +192,6 @@ def _pixels(processor: AdaptiveLlavaProcessor, images: Sequence[RenderedImage]) 
     pixels = np.stack([np.asarray(image.image) for image in images]).astype(np.float32) / 255
     normalised = (pixels - np.float32(options.image_mean)) / np.float32(options.image_std)
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
-
-
-def _budget(progress: float, rng: np.random.Generator) -> int:
-    """All tokens until reading is learned, then now and then only a few."""
-    few = progress > _ALL_TOKENS_UNTIL and rng.random() < _SHARE_OF_FEW
-    return int(rng.choice([(GRID // factor) ** 2 for factor in FACTORS[1:]])) if few else GRID**2
 
 
 def _rate(progress: float) -> float:
