@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .compressor_base import Compressor, patch_windows
+from .compressor_base import Compressor, patch_windows, window_means
 from .option_schema import whole_numbers
 from .visual_token_geometry import window_grid
 from .visual_tokens import VisionFeatures
@@ -44,5 +44,4 @@ class AveragePoolCompressor(Compressor):
         factor = self.pool_factors[rung]
         if factor == 1:
             return features.patches
-        # (V, rows, factor, columns, factor, dim) -> (V, rows * columns, dim)
-        return patch_windows(features.patches, features.grid, factor).mean(dim=(2, 4)).flatten(1, 2)
+        return window_means(patch_windows(features.patches, features.grid, factor)).flatten(1, 2)

@@ -102,6 +102,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
             visual_token_budget: `None`/`"auto"`, tokens per image, a list, `{"ceiling": n}` or `{"total": n}`.
             visual_rungs: One rung per image, replayed exactly.
             max_expanded_length: Bound on the cache in slots; `max_length` counts ids as they come in and go out.
+                Alone, it also stands in for the default of 20 new ids.
 
         Returns:
             Prompt + new ids, `(B * num_return_sequences, L + new)`. With `return_dict_in_generate`, the output also

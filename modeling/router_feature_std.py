@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compressor_base import Compressor, patch_windows
+from .compressor_base import Compressor, patch_windows, window_means
 from .option_schema import whole_numbers
 from .router_base import Router
 from .visual_token_geometry import window_grid
@@ -98,5 +98,5 @@ class FeatureStdRouter(Router):
 def _window_std(features: VisionFeatures, window: int) -> Tensor:
     window_grid(features.grid, window, name="router.windows")
     windows = patch_windows(features.patches, features.grid, window).float()
-    spread = windows - windows.mean(dim=(2, 4), keepdim=True)
-    return spread.square().mean(dim=(2, 4)).sqrt().mean(dim=(1, 2, 3))
+    deviations = windows - window_means(windows)[:, :, None, :, None]
+    return window_means(deviations.square()).sqrt().mean(dim=(1, 2, 3))

@@ -81,8 +81,9 @@ def extract_features(
 
 def _keeps_states_to_itself(tower: nn.Module) -> bool:
     # in 4.57 the wrapper of SigLIP collects the hidden states, and the tower inside it cannot
-    takes_option = "output_hidden_states" in inspect.signature(tower.forward).parameters
-    return not isinstance(tower, PreTrainedModel) and not takes_option
+    inner = getattr(tower, "original_module", tower)  # PEFT trains a copy of a whole module behind a wrapper
+    takes_option = "output_hidden_states" in inspect.signature(inner.forward).parameters
+    return not isinstance(inner, PreTrainedModel) and not takes_option
 
 
 def _layer_by_layer(tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:

@@ -1,9 +1,6 @@
 """`python -m adaptive_llava convert`: a LLaVA-1.5 folder becomes an adaptive LLaVA folder with the same answers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from adaptive_llava.__main__ import main
 from adaptive_llava.training.convert import convert, describe
 from adaptive_llava.training.whole_folder import whole_folder
 from tests.conftest import BOS, EOS, IMAGE_TOKEN, PAD, tiny_text_config, tiny_vision_config
+from tests.fresh_process import run_without_package
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,8 +107,7 @@ def test_the_llava_preset_gives_the_logits_and_text_of_the_source(llava, tmp_pat
 
 
 LOAD = """
-import sys, importlib.util
-assert importlib.util.find_spec("adaptive_llava") is None
+import sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder = sys.argv[1]
@@ -132,12 +129,7 @@ def test_a_converted_folder_loads_without_the_package(llava, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "preset 'dfmr'" in printed and "torch.bfloat16" in printed
     assert "4 (rung 0), 9 (rung 1), 36 (rung 2) per image" in printed and "calibrate" in printed
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(target)], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "(4, 9, 36)" in done.stdout
+    assert "(4, 9, 36)" in run_without_package(LOAD, target, folder=tmp_path)
     config = json.loads((target / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 

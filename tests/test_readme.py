@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import PRESETS_HERE
 
 from adaptive_llava import PRESETS
 from adaptive_llava.training.readme_figures import BLOCKS, ROOT, fill, main
+from tests.conftest import PRESETS_HERE
 
 
 README = (ROOT / "README.md").read_text()

@@ -58,13 +58,13 @@ def test_answers_of_a_document_are_its_digits_in_reading_order():
 
 
 def test_cells_with_the_same_digit_look_alike_and_others_do_not():
-    cells, digits = [], []
+    blocks, contents = [], []
     for image in render_images(30, seed=5, kinds=["document"]):
         page = np.asarray(image.image.convert("L"), dtype=float)
-        blocks = page.reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID**2, -1)
-        cells.append(blocks - blocks.mean(1, keepdims=True))
-        digits += image.patch_contents
-    cells, digits = np.concatenate(cells), np.array(digits)
+        blocks.append(page.reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID**2, -1))
+        contents += image.patch_contents
+    cells, digits = np.concatenate(blocks), np.array(contents)
+    cells -= cells.mean(1, keepdims=True)
     means = np.stack([cells[digits == digit].mean(0) for digit in range(len(DIGITS))])
     nearest = ((cells[:, None] - means) ** 2).sum(-1).argmin(1)
     assert (nearest == digits).mean() > 0.5  # chance is 0.1; the digits are jittered

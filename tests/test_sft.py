@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaP
 from adaptive_llava.training.lora_targets import fully_trained_modules, language_model_targets
 from adaptive_llava.training.sft import build_trainer, main, parse_arguments
 from tests.conftest import BOS, tiny_model
+from tests.fresh_process import run_without_package
 from tests.test_convert import character_tokenizer, picture
 
 
@@ -268,8 +267,7 @@ def test_a_budget_in_training_replaces_the_router(tmp_path):
 
 
 LOAD = """
-import sys, importlib.util, torch
-assert importlib.util.find_spec("adaptive_llava") is None
+import sys, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -278,14 +276,6 @@ inputs = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     torch.save(model.eval()(**inputs).logits[inputs["attention_mask"].bool()], sys.argv[3])
 """
-
-
-def without_package(script, tmp_path, *arguments):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, cwd=tmp_path, env=environment,
-    )  # fmt: skip
 
 
 @pytest.mark.compat
@@ -312,8 +302,7 @@ def test_lora_trained_saved_reloaded_and_merged_gives_the_same_logits(tmp_path, 
     assert names == set(load_file(Path(base) / "model.safetensors"))
 
     torch.save(dict(inputs_of(processor)), tmp_path / "inputs.pt")
-    done = without_package(LOAD, tmp_path, output / "merged", tmp_path / "inputs.pt", tmp_path / "logits.pt")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_package(LOAD, output / "merged", tmp_path / "inputs.pt", tmp_path / "logits.pt", folder=tmp_path)
     assert (torch.load(tmp_path / "logits.pt") - trained).abs().max() <= 1e-5
 
 
@@ -361,8 +350,7 @@ def test_trls_own_command_trains_a_saved_checkpoint(tmp_path, base, data):
         "max_steps": 2, "per_device_train_batch_size": 2, "max_length": 4096, "bf16": "false", "use_cpu": "true",
         "report_to": "none", "use_peft": "true", "lora_target_modules": "all-linear", "gradient_checkpointing": "true",
     }  # fmt: skip
-    done = without_package(script, tmp_path, *[x for k, v in options.items() for x in (f"--{k}", v)])
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_package(script, *[x for k, v in options.items() for x in (f"--{k}", v)], folder=tmp_path)
     adapter = set(load_file(tmp_path / "out" / "adapter_model.safetensors"))
     # what it does differently: the tower is adapted too, and the projector is not trained in full
     assert any("vision_tower" in name for name in adapter)

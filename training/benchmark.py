@@ -101,7 +101,7 @@ def identity_decode(work: Workload) -> Measurement:
 
 
 def identity_memory(work: Workload) -> Measurement:
-    """Peak memory of a process that builds the model and generates, each side in fresh processes."""
+    """Peak memory of `generate` with the model in it, each side in fresh processes."""
     reports = []
     for done in range(min(MEMORY_PAIRS, work.pairs)):
         reports.append((_measured_apart(work, "identity"), _measured_apart(work, "stock")))
@@ -198,11 +198,11 @@ ROWS: dict[str, Callable[[Workload], Measurement]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure the rows asked for, print the table and write it as JSON."""
     options = _options(arguments)
+    torch.set_num_threads(options.threads)
     if options.memory_of:
         work = Workload(options.shape, options.device, options.dtype)
         print(json.dumps(_peak_memory(work, options.memory_of)))
         return 0
-    torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     names = options.rows.split(",") if options.rows else list(ROWS)
     work = Workload(options.shape, options.device, options.dtype, options.pairs)
@@ -270,7 +270,7 @@ def _line(row: dict) -> str:
 def _progress_line(name: str, pairs: int) -> Callable[[int], None]:
     if not sys.stdout.isatty():
         return lambda done: None
-    return lambda done: print(f"\r\033[K{name}: pair {done} of {pairs}", end="", flush=True)
+    return lambda done: print(f"\r\033[K{name}: pair {done} of at most {pairs}", end="", flush=True)
 
 
 def _provenance(options: argparse.Namespace) -> dict:
@@ -294,7 +294,7 @@ def _cpu_name() -> str:
 
 def _measured_apart(work: Workload, side: str) -> dict[str, float]:
     command = [sys.executable, "-m", "adaptive_llava.training.benchmark", "--memory-of", side, "--shape", work.name]
-    command += ["--device", work.device, "--dtype", work.dtype]
+    command += ["--device", work.device, "--dtype", work.dtype, "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, env=os.environ | _ALLOCATOR, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

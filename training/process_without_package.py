@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -31,10 +32,15 @@ def run_without_package(script: str | os.PathLike, arguments: list[str], folder:
     subprocess.run(command, cwd=libraries.parent, check=True)
 
 
-def link_libraries(libraries: Path) -> None:
-    """Links everything installed, except this package, into a new folder."""
+def link_libraries(libraries: Path, search_path: Sequence[str] | None = None) -> None:
+    """Links everything installed, except this package, into a new folder.
+
+    Args:
+        libraries: Folder to make.
+        search_path: Where to look for what is installed, by default this interpreter's `sys.path`.
+    """
     libraries.mkdir()
-    for entry in sys.path:
+    for entry in sys.path if search_path is None else search_path:
         if Path(entry).name not in ("site-packages", "dist-packages") or not Path(entry).is_dir():
             continue
         for item in Path(entry).iterdir():

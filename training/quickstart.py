@@ -8,8 +8,7 @@
 3. Fine-tune it at those counts with LoRA through TRL's own `SFTTrainer`, merge, and save it with its code.
 4. In a fresh process without this package: load it with `AutoModelForImageTextToText` and ask about unseen images.
 
-Written to `--output`: `model/` (and `model_before_lora/`), `quickstart.png`, `quickstart_results.json` and the held-out
-images.
+Written to `--output`: `model/`, `model_before_lora/`, `quickstart.png`, `quickstart_results.json`, held-out images.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = prepare_output(options.output)
     except (OSError, ValueError) as error:
         parser.exit(2, f"quickstart: {error}\n")
+    print("Loading torch, transformers and TRL ...", flush=True)
     _quieten_libraries()
     run(output, own_images, options.steps_scale)
     return 0
@@ -160,7 +160,7 @@ def fine_tune(model: Any, processor: Any, steps_scale: float) -> Any:
     import numpy as np
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
     from adaptive_llava.training.lora_targets import fully_trained_modules, language_model_targets
@@ -199,7 +199,8 @@ def fine_tune(model: Any, processor: Any, steps_scale: float) -> Any:
             ),
         )
         with _progress_bar("LoRA", steps) as bar:
-            trainer.remove_callback(ProgressCallback)
+            for prints_dictionaries in (ProgressCallback, PrinterCallback):
+                trainer.remove_callback(prints_dictionaries)
             trainer.add_callback(_show_progress_on(bar))
             trainer.train()
     return trainer.model.merge_and_unload()
@@ -209,6 +210,7 @@ def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[st
     """Phase 4: hand the saved folder and unseen images to a process that has only the usual libraries."""
     held_out = render_images(HELD_OUT_IMAGES, seed=HELD_OUT_SEED)
     with tempfile.TemporaryDirectory() as folder:
+        answers_file = Path(folder) / "answers.json"
         job = {
             "models": {
                 "before": str((output / "model_before_lora").resolve()),
@@ -216,12 +218,12 @@ def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[st
             },
             "images": _write_images(held_out, output / "held_out"),
             "own_images": [str(path.resolve()) for path in own_images],
-            "output": str(Path(folder) / "answers.json"),
+            "output": str(answers_file),
         }
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(job), encoding="utf-8")
         run_without_package(Path(__file__).with_name("quickstart_answers.py"), [str(job_file)], folder)
-        return json.loads(Path(job["output"]).read_text(encoding="utf-8"))
+        return json.loads(answers_file.read_text(encoding="utf-8"))
 
 
 def score(answers: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -319,7 +321,7 @@ def _progress_bar(what: str, steps: int) -> Any:
 
 
 def _show_progress_on(bar: Any) -> Any:
-    """A callback that moves our bar, in place of the trainer's own, which prints every log as a dictionary."""
+    """A callback that moves our bar."""
     from transformers import TrainerCallback
 
     class ShowProgress(TrainerCallback):

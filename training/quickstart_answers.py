@@ -26,8 +26,8 @@ def main(libraries: str, job_file: str) -> None:
 
     Args:
         libraries: Folder to import torch, transformers and the rest from.
-        job_file: JSON with `models` (folders, `before` and `after` fine-tuning), `images` (`path`, `kind`, `questions`), `own_images` (paths) and
-            `output` (file to write).
+        job_file: JSON with `models` (folders, `before` and `after` fine-tuning), `images` (`path`, `kind`,
+            `questions`), `own_images` (paths) and `output` (file to write).
     """
     sys.path.append(libraries)
     if importlib.util.find_spec("adaptive_llava") is not None:

@@ -53,7 +53,12 @@ def _draw_panel(axes: Any, row: dict[str, Any]) -> None:
     axes.set_ylim(_SIDE + _BELOW, -_ABOVE)
     side = math.isqrt(row["tokens"])
     window, gap = _SIDE / side, 4
-    rounded = {"boxstyle": "round,pad=0,rounding_size=9", "fill": False, "edgecolor": _WINDOW, "linewidth": 1.6}
+    rounded: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=9",
+        "fill": False,
+        "edgecolor": _WINDOW,
+        "linewidth": 1.6,
+    }
     for index in range(side * side):
         corner = (index % side * window + gap, index // side * window + gap)
         axes.add_patch(FancyBboxPatch(corner, window - 2 * gap, window - 2 * gap, **rounded))

@@ -9,6 +9,7 @@ every patch what it shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,7 +211,7 @@ class _LastPatches:
     def __init__(self, tower: nn.Module):
         self._handle = tower.register_forward_hook(self._keep)
 
-    def _keep(self, tower: nn.Module, arguments: tuple, output: object) -> None:
+    def _keep(self, tower: nn.Module, arguments: tuple, output: Any) -> None:
         self.features = output.last_hidden_state[:, 1:]
 
     def remove(self) -> None:
