@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
 from .code_files import copy_code
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
-from .vision_tower_features import extract_features, unwrap_tower
+from .projector import AdaptiveLlavaProjector
+from .vision_tower_features import extract_features, input_size, unwrap_tower
 from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
 
 
@@ -44,9 +45,6 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .visual_token_geometry import visual_token_ladder  # noqa: F401
 
 logger = logging.get_logger(__name__)
-
-# Parts whose weights belong to this package; a checkpoint must bring them all.
-_OWN_PARTS = ("multi_modal_projector", "compressor", "router")
 
 # Arguments that other libraries compute for the rows as they come in; wrong once visual tokens stand in them.
 _COMPACT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids")
@@ -81,26 +79,6 @@ class AdaptiveLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     num_visual_tokens: Tensor | None = None
     visual_rungs: Tensor | None = None
     visual_router_scores: Tensor | None = None
-
-
-class AdaptiveLlavaProjector(nn.Module):
-    """LLaVA's two-layer projector: `(..., dim)` -> `(..., text_dim)`.
-
-    Args:
-        dim: Width of the compressor's tokens.
-        text_dim: Width of the language model.
-        hidden_act: Activation between the layers.
-        bias: Whether the layers have biases.
-    """
-
-    def __init__(self, dim: int, text_dim: int, *, hidden_act: str = "gelu", bias: bool = True):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, text_dim, bias=bias)
-        self.act = ACT2FN[hidden_act]
-        self.linear_2 = nn.Linear(text_dim, text_dim, bias=bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(tokens)))
 
 
 class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
@@ -138,7 +116,7 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
                 f"The checkpoint's tensors do not fit its config: {error}\nIf the compressor or its options were "
                 "changed, start from the original model with `from_llava(..., preset=...)` instead."
             ) from error
-        missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in _OWN_PARTS))
+        missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in OWN_PARTS))
         if missing:
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} weights this model needs: {', '.join(missing)}. It was saved "
@@ -175,7 +153,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         self.vision_tower = unwrap_tower(AutoModel.from_config(config.vision_config))
         self.compressor = config.build_compressor()
         self.router = config.build_router(self.compressor)
-        self.multi_modal_projector = _build_projector(config, self.compressor.output_dim)
+        self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor.output_dim)
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
         self.post_init()
@@ -495,7 +473,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             return 0.0
         height, width = self.config.vision_grid
         if trainable[0]:
-            features = self.extract_features(torch.zeros(1, 3, *_input_size(self.vision_tower), device=text.device))
+            features = self.extract_features(torch.zeros(1, 3, *input_size(self.vision_tower), device=text.device))
         else:
             dtype = next(self.vision_tower.parameters()).dtype
             patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)
@@ -504,7 +482,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         return (encoded.values * 0).sum().to(text)  # each value first: their sum may overflow
 
 
-class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, PlaceholderGenerationMixin):
+class AdaptiveLlavaForConditionalGeneration(
+    BackboneAssemblyMixin, AdaptiveLlavaPreTrainedModel, PlaceholderGenerationMixin
+):
     """The model with its language-model head.
 
     Args:
@@ -519,136 +499,6 @@ class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, Placeh
         self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._adopt_language_model_names()
         self.post_init()
-
-    @classmethod
-    def from_llava(
-        cls, model: str | os.PathLike | PreTrainedModel, preset: str = "llava", **fields: Any
-    ) -> AdaptiveLlavaForConditionalGeneration:
-        """Give a LLaVA-1.5 model a compressor and a router; its weights are kept.
-
-        Args:
-            model: A Hub id or folder of a `LlavaForConditionalGeneration`, or a loaded one (its modules are shared).
-            preset: One of the published systems.
-            fields: Config fields that override the preset's, and, for an id, arguments of `from_pretrained`
-                (`revision`, `dtype`, `device_map`, `token`).
-
-        Raises:
-            ValueError: Another architecture, or a feature selection that leaves no patch grid.
-        """
-        loading = {name: fields.pop(name) for name in _LOADING_ARGUMENTS if name in fields}
-        if not isinstance(model, PreTrainedModel):
-            model = transformers.LlavaForConditionalGeneration.from_pretrained(model, **loading)
-        source = model.config
-        if source.model_type != "llava":
-            raise ValueError(
-                f"`model` is a {source.model_type!r}; `from_llava` takes LLaVA-1.5 (`LlavaForConditionalGeneration`). "
-                "Use `from_backbones(vision, text)` for other parts."
-            )
-        tower = unwrap_tower(model.model.vision_tower)
-        embeddings = getattr(tower, "embeddings", None)
-        has_prefix = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
-        if source.vision_feature_select_strategy == "full" and has_prefix:
-            raise ValueError(
-                "`vision_feature_select_strategy='full'` keeps the [CLS] token among the patches, which then form no "
-                "grid to compress. Fine-tune with 'default', or use a tower without [CLS]."
-            )
-        if source.vision_feature_select_strategy != "full" and not has_prefix:
-            raise ValueError(
-                f"`vision_feature_select_strategy={source.vision_feature_select_strategy!r}` drops the first patch of "
-                "a tower without [CLS], and the others form no grid to compress. Fine-tune with 'full'."
-            )
-        image_token_id = getattr(source, "image_token_id", None) or source.image_token_index
-        config = AdaptiveLlavaConfig.from_preset(
-            preset,
-            vision_config=source.vision_config,
-            text_config=source.text_config,
-            vision_feature_layer=source.vision_feature_layer,
-            projector_hidden_act=source.projector_hidden_act,
-            multimodal_projector_bias=source.multimodal_projector_bias,
-            **({"image_token_id": image_token_id} | fields),
-        )
-        built = cls._assemble(config, tower, model.model.language_model, model.lm_head, model.generation_config)
-        built._warm_start_projector(model.model.multi_modal_projector)
-        return built
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | os.PathLike | PreTrainedModel,
-        text: str | os.PathLike | PreTrainedModel,
-        preset: str = "llava",
-        *,
-        tokenizer: Any = None,
-        **fields: Any,
-    ) -> AdaptiveLlavaForConditionalGeneration:
-        """Join a vision tower and a language model through a new projector.
-
-        Args:
-            vision: Id, folder or loaded vision model (CLIP, SigLIP, DINOv2, convolutional towers with 4-D maps).
-            text: Id, folder or loaded `AutoModelForCausalLM`.
-            preset: One of the published systems.
-            tokenizer: The text model's tokenizer; `<image>` is added to it if it is not there, and the embeddings
-                grow where the tokenizer exceeds them. Without it, pass `image_token_id`.
-            fields: Config fields that override the preset's.
-
-        Raises:
-            ValueError: No `image_token_id` can be told, or a head that needs more than a matrix.
-        """
-        if not isinstance(vision, PreTrainedModel):
-            vision = AutoModel.from_pretrained(vision)
-        if not isinstance(text, PreTrainedModel):
-            text = AutoModelForCausalLM.from_pretrained(text)
-        _check_head(text)
-        if tokenizer is not None:
-            if "<image>" not in tokenizer.get_vocab():
-                tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-            fields.setdefault("image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
-            if len(tokenizer) > text.get_input_embeddings().num_embeddings:
-                text.resize_token_embeddings(len(tokenizer))
-        rows = text.get_input_embeddings().num_embeddings
-        if not 0 <= fields.get("image_token_id", -1) < rows:
-            raise ValueError(
-                f"`image_token_id={fields.get('image_token_id')!r}` is no row of the text model's {rows} embeddings. "
-                "Pass `tokenizer=` to have `<image>` added and the embeddings grown, or an id below that number."
-            )
-        tower = unwrap_tower(vision)
-        fields = _measured_geometry(tower, fields) | fields
-        config = AdaptiveLlavaConfig.from_preset(
-            preset, vision_config=tower.config, text_config=text.config, compressor_trained=False, **fields
-        )
-        head = text.get_output_embeddings()
-        return cls._assemble(config, tower, text.base_model, head, text.generation_config)
-
-    @classmethod
-    def _assemble(
-        cls, config: AdaptiveLlavaConfig, tower: nn.Module, language_model: nn.Module, head: nn.Module, generation: Any
-    ) -> AdaptiveLlavaForConditionalGeneration:
-        # built without storage; given parts take the places of theirs, and only what is new gets storage
-        with torch.device("meta"):
-            model = cls(config)
-        parameter = next(language_model.parameters())
-        model.model.vision_tower, model.model.language_model, model.lm_head = tower, language_model, head
-        model.model.compressor = config.build_compressor()
-        model.model.router = config.build_router(model.model.compressor)
-        model.model.multi_modal_projector = _build_projector(config, model.model.compressor.output_dim)
-        model._adopt_language_model_names()
-        for name in _OWN_PARTS:
-            part = getattr(model.model, name)
-            if part is not None:
-                part.apply(model._init_weights)
-                part.to(device=parameter.device, dtype=parameter.dtype)
-        if generation is not None:
-            model.generation_config = generation
-        return model.eval()
-
-    def _warm_start_projector(self, trained: Any) -> None:
-        # same width: taken over; joined windows: each position gets its share, which equals averaging them first
-        own, weight = self.model.multi_modal_projector, trained.linear_1.weight
-        joined = own.linear_1.in_features // weight.shape[1]
-        with torch.no_grad():
-            own.load_state_dict(
-                trained.state_dict() | {"linear_1.weight": weight.repeat_interleave(joined, dim=1) / joined}
-            )
 
     def _adopt_language_model_names(self) -> None:
         # where the embeddings of this language model stand, for tying; and which layers stay on one device
@@ -743,29 +593,6 @@ class AdaptiveLlavaForConditionalGeneration(AdaptiveLlavaPreTrainedModel, Placeh
     generate.__doc__ = PlaceholderGenerationMixin.generate.__doc__
 
 
-_LOADING_ARGUMENTS = (
-    "revision",
-    "dtype",
-    "torch_dtype",
-    "device_map",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "attn_implementation",
-    "quantization_config",
-    "low_cpu_mem_usage",
-)
-
-
-def _build_projector(config: AdaptiveLlavaConfig, dim: int) -> AdaptiveLlavaProjector:
-    return AdaptiveLlavaProjector(
-        dim,
-        config.text_config.hidden_size,
-        hidden_act=config.projector_hidden_act,
-        bias=config.multimodal_projector_bias,
-    )
-
-
 def _no_split_modules(*parts: nn.Module) -> list[str]:
     return sorted({name for part in parts for name in getattr(part, "_no_split_modules", None) or ()})
 
@@ -779,36 +606,6 @@ def _insert_prefix(text: Tensor, prefix: Tensor, columns: Tensor) -> Tensor:
     source = source[:, :length].unsqueeze(-1)
     inserted = prefix.to(text).gather(1, source.clamp(min=0).expand(-1, -1, text.shape[-1]))
     return torch.where(source >= 0, inserted, text)
-
-
-def _input_size(tower: nn.Module) -> tuple[int, int]:
-    size = getattr(tower.config, "image_size", 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
-    # a convolutional tower's config does not tell its width and grid: look at one black image
-    layer = fields.get("vision_feature_layer", -2)
-    parameter = next(tower.parameters())
-    with torch.no_grad():
-        image = torch.zeros(1, 3, *_input_size(tower), device=parameter.device, dtype=parameter.dtype)
-        features = extract_features(tower, image, layer)
-    layers = 1 if isinstance(layer, int) else len(layer)
-    return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}
-
-
-def _check_head(text: PreTrainedModel) -> None:
-    head = text.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(
-            f"`text` ({type(text).__name__}) has no head that is a plain matrix, which this package needs."
-        )
-    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
-        if getattr(text.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"`text` ({type(text).__name__}) changes its logits after the head (`{name}="
-                f"{getattr(text.config, name)}`), which this package does not do. Use another language model."
-            )
 
 
 def _wants_dict(config: PretrainedConfig, return_dict: bool | None) -> bool:

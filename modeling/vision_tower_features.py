@@ -31,6 +31,11 @@ def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | N
     return width, (height // patch_height, width_px // patch_width)
 
 
+def input_size(tower: Any) -> tuple[int, int]:
+    """Height and width of the images a tower was made for, in pixels; 224 where its config does not tell."""
+    return _pair(getattr(tower.config, "image_size", 224))
+
+
 def extract_features(
     tower: Any,
     pixel_values: Tensor,

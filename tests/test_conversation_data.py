@@ -53,8 +53,8 @@ def test_every_kind_of_source_gives_the_same_batch(picture_files, tmp_path, monk
     expected = None
     for name in ("rows.jsonl", "rows.json", "llava.json", "rows.parquet", "saved", "shots", "json_folder"):
         for streaming in (False, True):
-            rows = load_conversations(folder / name, streaming=streaming)
-            batch = ours([dict(row) for row in rows.take(2)])
+            loaded: Any = load_conversations(folder / name, streaming=streaming)
+            batch = ours([dict(row) for row in loaded.take(2)])
             expected = expected or batch
             assert torch.equal(batch["input_ids"], expected["input_ids"]), name
             assert torch.equal(batch["labels"], expected["labels"]), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adaptive_llava.training import quickstart
+from adaptive_llava.training import quickstart, quickstart_report
 from adaptive_llava.training.process_without_package import link_libraries
 from adaptive_llava.training.rendered_images import KINDS, render_images
 
@@ -69,7 +69,7 @@ def test_scores_count_right_answers_and_tokens_by_kind():
             ("document", True, 16),
         ]
     ]
-    table = quickstart.score({"auto": rows})["auto"]
+    table = quickstart_report.score({"auto": rows})["auto"]
     assert table["scene"] == {"accuracy": 0.5, "mean_tokens": 2.5, "questions": 2}
     assert table["all"] == {"accuracy": 0.75, "mean_tokens": 6.25, "questions": 4}
 
@@ -79,7 +79,7 @@ def test_examples_are_the_first_of_each_kind_whether_right_or_wrong():
         [("scene", i) for i in range(6)] + [("document", i) for i in range(2)] + [("collage", i) for i in range(5)]
     )
     rows = [{"kind": kind, "image": f"{kind}{i}", "turn": turn} for kind, i in images for turn in (0, 1)]
-    names = [row["image"] for row in quickstart._pick_examples(rows)]
+    names = [row["image"] for row in quickstart_report.pick_examples(rows)]
     assert names == [f"{kind}{i}" for kind, shown in zip(KINDS, (4, 4, 2), strict=True) for i in range(shown)]
 
 

@@ -28,6 +28,14 @@ from typing import Any
 
 from adaptive_llava.training.process_without_package import run_without_package
 from adaptive_llava.training.quickstart_answers import peak_memory_mib
+from adaptive_llava.training.quickstart_report import (
+    pick_examples,
+    print_closing,
+    print_examples,
+    print_own_images,
+    print_scores,
+    score,
+)
 from adaptive_llava.training.rendered_images import KINDS, RenderedImage, render_images
 
 
@@ -35,7 +43,6 @@ SCRATCH_STEPS = 1500
 LORA_STEPS, LORA_IMAGES = 700, 6000
 CALIBRATION_IMAGES = 900
 HELD_OUT_IMAGES = 300
-SHOWN_PER_KIND = 4
 
 _MARK = ".written_by_quickstart"
 
@@ -91,10 +98,10 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
         answered = answer_in_fresh_process(output, own_images)
 
     scores = score(answered["answers"])
-    shown = _pick_examples(answered["answers"]["auto"])
-    _print_examples(shown)
-    _print_scores(scores, answered["token_counts"])
-    _print_own_images(answered["own_images"])
+    shown = pick_examples(answered["answers"]["auto"])
+    print_examples(shown)
+    print_scores(scores, answered["token_counts"])
+    print_own_images(answered["own_images"])
     picture = _draw(output, shown, answered["own_images"])
 
     results = {
@@ -114,7 +121,7 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
         "own_images": answered["own_images"],
     }
     (output / "quickstart_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _print_closing(results, output, picture)
+    print_closing(results, output, picture)
     return results
 
 
@@ -224,22 +231,6 @@ def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[st
         job_file.write_text(json.dumps(job), encoding="utf-8")
         run_without_package(Path(__file__).with_name("quickstart_answers.py"), [str(job_file)], folder)
         return json.loads(answers_file.read_text(encoding="utf-8"))
-
-
-def score(answers: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy and mean tokens by budget and kind, `all` kinds together at the end."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for budget, rows in answers.items():
-        groups = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS} | {"all": rows}
-        table[budget] = {
-            kind: {
-                "accuracy": sum(row["right"] for row in group) / len(group),
-                "mean_tokens": sum(row["tokens"] for row in group) / len(group),
-                "questions": len(group),
-            }
-            for kind, group in groups.items()
-        }
-    return table
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
@@ -364,63 +355,12 @@ def _kinds_of_files(folder: Path) -> list[str]:
     return [*(name for name in names if name.endswith((".safetensors", ".json"))), f"{len(code)} code files"]
 
 
-def _pick_examples(rows: Sequence[dict]) -> list[dict]:
-    """The first question of the first few images of each kind, as they come."""
-    first_questions = {row["image"]: row for row in reversed(rows)}
-    ordered = [row for row in rows if first_questions[row["image"]] is row]
-    return [row for kind in KINDS for row in [row for row in ordered if row["kind"] == kind][:SHOWN_PER_KIND]]
-
-
-def _print_examples(rows: Sequence[dict]) -> None:
-    print("\nHeld-out images, each at the number of tokens the router chose\n")
-    print(f"  {'image':<18}{'tokens':>6}  {'question':<31}{'answer':<10}")
-    for row in rows:
-        verdict = "right" if row["right"] else f"WRONG, it is {row['expected']}"
-        name, question = Path(row["image"]).stem, f"{row['question']}?"
-        print(f"  {name:<18}{row['tokens']:>6}  {question:<31}{row['answer']:<10}{verdict}")
-
-
-def _print_scores(scores: dict[str, Any], counts: Sequence[int]) -> None:
-    labels = {
-        "before_largest": f"before LoRA, always {counts[-1]}",
-        "before_auto": "before LoRA, per image",
-        "smallest": f"after LoRA, always {counts[0]}",
-        "auto": "after LoRA, per image",
-        "largest": f"after LoRA, always {counts[-1]}",
-    }
-    questions = ", ".join(f"{scores['auto'][kind]['questions']} about {kind}s" for kind in KINDS)
-    print(f"\nAccuracy, and mean tokens per image in brackets ({questions})\n")
-    print("  " + " " * 24 + "".join(f"{kind:>15}" for kind in (*KINDS, "all")))
-    for run, label in labels.items():
-        cells = (scores[run][kind] for kind in (*KINDS, "all"))
-        print(f"  {label:<24}" + "".join(f"{cell['accuracy']:>8.1%} ({cell['mean_tokens']:4.1f})" for cell in cells))
-    print(f"\n  LoRA saw each image only at its own count; it was not tuned for {counts[-1]} tokens everywhere.")
-
-
-def _print_own_images(routed: Sequence[dict]) -> None:
-    if not routed:
-        return
-    print("\nYour images (this tiny model has seen only shapes and digits: look at the order, not at the numbers)\n")
-    for row in routed:
-        print(f"  {row['tokens']:>3} tokens  {row['image']}")
-    print(f"  mean {sum(row['tokens'] for row in routed) / len(routed):.1f} tokens over {len(routed)} images")
-
-
 def _draw(output: Path, shown: list[dict], own_images: list[dict]) -> Path:
     from adaptive_llava.training.quickstart_picture import draw_picture
 
     path = output / "quickstart.png"
     draw_picture([*shown, *own_images[:8]], path, title="Every image at the number of visual tokens chosen for it")
     return path
-
-
-def _print_closing(results: dict[str, Any], output: Path, picture: Path) -> None:
-    seconds, memory = results["seconds"], results["peak_memory_mib"]
-    print(
-        f"\n{seconds['total']:.0f} s in all; peak memory {memory['training']} MiB in training, "
-        f"{memory['fresh_process']} MiB in the fresh process."
-    )
-    print(f"Picture: {picture}\nResults: {output / 'quickstart_results.json'}\nModel:   {output / 'model'}")
 
 
 if __name__ == "__main__":

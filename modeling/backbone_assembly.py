@@ -1,0 +1,199 @@
+"""Models put together from a LLaVA checkpoint, or from a vision tower and a language model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from .configuration_adaptive_llava import AdaptiveLlavaConfig
+from .projector import AdaptiveLlavaProjector
+from .vision_tower_features import extract_features, input_size, unwrap_tower, vision_geometry
+
+
+# Parts whose weights belong to this package; a checkpoint must bring them all.
+OWN_PARTS = ("multi_modal_projector", "compressor", "router")
+
+_LOADING_ARGUMENTS = (
+    "revision",
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "attn_implementation",
+    "quantization_config",
+    "low_cpu_mem_usage",
+)
+
+
+class BackboneAssemblyMixin:
+    """`from_llava` and `from_backbones` for the model with a head."""
+
+    @classmethod
+    def from_llava(cls, model: str | os.PathLike | PreTrainedModel, preset: str = "llava", **fields: Any) -> Any:
+        """Give a LLaVA-1.5 model a compressor and a router; its weights are kept.
+
+        Args:
+            model: A Hub id or folder of a `LlavaForConditionalGeneration`, or a loaded one (its modules are shared).
+            preset: One of the published systems.
+            fields: Config fields that override the preset's, and, for an id, arguments of `from_pretrained`
+                (`revision`, `dtype`, `device_map`, `token`).
+
+        Raises:
+            ValueError: Another architecture, or a feature selection that leaves no patch grid.
+        """
+        loading = {name: fields.pop(name) for name in _LOADING_ARGUMENTS if name in fields}
+        if not isinstance(model, PreTrainedModel):
+            model = transformers.LlavaForConditionalGeneration.from_pretrained(model, **loading)
+        source = model.config
+        if source.model_type != "llava":
+            raise ValueError(
+                f"`model` is a {source.model_type!r}; `from_llava` takes LLaVA-1.5 (`LlavaForConditionalGeneration`). "
+                "Use `from_backbones(vision, text)` for other parts."
+            )
+        tower = unwrap_tower(model.model.vision_tower)
+        embeddings = getattr(tower, "embeddings", None)
+        has_prefix = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+        if source.vision_feature_select_strategy == "full" and has_prefix:
+            raise ValueError(
+                "`vision_feature_select_strategy='full'` keeps the [CLS] token among the patches, which then form no "
+                "grid to compress. Fine-tune with 'default', or use a tower without [CLS]."
+            )
+        if source.vision_feature_select_strategy != "full" and not has_prefix:
+            raise ValueError(
+                f"`vision_feature_select_strategy={source.vision_feature_select_strategy!r}` drops the first patch of "
+                "a tower without [CLS], and the others form no grid to compress. Fine-tune with 'full'."
+            )
+        image_token_id = getattr(source, "image_token_id", None) or source.image_token_index
+        config = AdaptiveLlavaConfig.from_preset(
+            preset,
+            vision_config=source.vision_config,
+            text_config=source.text_config,
+            vision_feature_layer=source.vision_feature_layer,
+            projector_hidden_act=source.projector_hidden_act,
+            multimodal_projector_bias=source.multimodal_projector_bias,
+            **({"image_token_id": image_token_id} | fields),
+        )
+        built = _assemble(cls, config, tower, model.model.language_model, model.lm_head, model.generation_config)
+        _warm_start_projector(built.model.multi_modal_projector, model.model.multi_modal_projector)
+        return built
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        preset: str = "llava",
+        *,
+        tokenizer: Any = None,
+        **fields: Any,
+    ) -> Any:
+        """Join a vision tower and a language model through a new projector.
+
+        Args:
+            vision: Id, folder or loaded vision model (CLIP, SigLIP, DINOv2, convolutional towers with 4-D maps).
+            text: Id, folder or loaded `AutoModelForCausalLM`.
+            preset: One of the published systems.
+            tokenizer: The text model's tokenizer; `<image>` is added to it if it is not there, and the embeddings
+                grow where the tokenizer exceeds them. Without it, pass `image_token_id`.
+            fields: Config fields that override the preset's.
+
+        Raises:
+            ValueError: No `image_token_id` can be told, or a head that needs more than a matrix.
+        """
+        if not isinstance(vision, PreTrainedModel):
+            vision = AutoModel.from_pretrained(vision)
+        if not isinstance(text, PreTrainedModel):
+            text = AutoModelForCausalLM.from_pretrained(text)
+        _check_head(text)
+        if tokenizer is not None:
+            if "<image>" not in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+            fields.setdefault("image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
+            if len(tokenizer) > text.get_input_embeddings().num_embeddings:
+                text.resize_token_embeddings(len(tokenizer))
+        rows = text.get_input_embeddings().num_embeddings
+        if not 0 <= fields.get("image_token_id", -1) < rows:
+            raise ValueError(
+                f"`image_token_id={fields.get('image_token_id')!r}` is no row of the text model's {rows} embeddings. "
+                "Pass `tokenizer=` to have `<image>` added and the embeddings grown, or an id below that number."
+            )
+        tower = unwrap_tower(vision)
+        fields = _measured_geometry(tower, fields) | fields
+        config = AdaptiveLlavaConfig.from_preset(
+            preset, vision_config=tower.config, text_config=text.config, compressor_trained=False, **fields
+        )
+        head = text.get_output_embeddings()
+        return _assemble(cls, config, tower, text.base_model, head, text.generation_config)
+
+
+def _assemble(
+    model_class: Any,
+    config: AdaptiveLlavaConfig,
+    tower: nn.Module,
+    language_model: nn.Module,
+    head: nn.Module,
+    generation: Any,
+) -> Any:
+    # built without storage; given parts take the places of theirs, and only what is new gets storage
+    with torch.device("meta"):
+        model = model_class(config)
+    parameter = next(language_model.parameters())
+    inner = model.model
+    inner.vision_tower, inner.language_model, model.lm_head = tower, language_model, head
+    inner.compressor = config.build_compressor()
+    inner.router = config.build_router(inner.compressor)
+    inner.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, inner.compressor.output_dim)
+    model._adopt_language_model_names()
+    for name in OWN_PARTS:
+        part = getattr(inner, name)
+        if part is not None:
+            part.apply(model._init_weights)
+            part.to(device=parameter.device, dtype=parameter.dtype)
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    return model.eval()
+
+
+def _warm_start_projector(own: Any, trained: Any) -> None:
+    # same width: taken over; joined windows: each position gets its share, which equals averaging them first
+    weight = trained.linear_1.weight
+    joined = own.linear_1.in_features // weight.shape[1]
+    with torch.no_grad():
+        own.load_state_dict(
+            trained.state_dict() | {"linear_1.weight": weight.repeat_interleave(joined, dim=1) / joined}
+        )
+
+
+def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
+    if vision_geometry(tower.config) is not None:
+        return {}
+    # a convolutional tower's config does not tell its width and grid: look at one black image
+    layer = fields.get("vision_feature_layer", -2)
+    parameter = next(tower.parameters())
+    with torch.no_grad():
+        image = torch.zeros(1, 3, *input_size(tower), device=parameter.device, dtype=parameter.dtype)
+        features = extract_features(tower, image, layer)
+    layers = 1 if isinstance(layer, int) else len(layer)
+    return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}
+
+
+def _check_head(text: PreTrainedModel) -> None:
+    head = text.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"`text` ({type(text).__name__}) has no head that is a plain matrix, which this package needs."
+        )
+    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
+        if getattr(text.config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"`text` ({type(text).__name__}) changes its logits after the head (`{name}="
+                f"{getattr(text.config, name)}`), which this package does not do. Use another language model."
+            )
