@@ -1,6 +1,7 @@
 """`make quickstart`: the whole story in small, and what it says to bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from adaptive_llava.training import quickstart, quickstart_report
 from adaptive_llava.training.process_without_package import link_libraries
+from adaptive_llava.training.readme_figures import ROOT
 from adaptive_llava.training.rendered_images import KINDS, render_images
 
 
@@ -23,8 +25,8 @@ def own_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd):
-    output = tmp_path / "out"
+def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd, monkeypatch):
+    output = tmp_path / "quickstart_output"
     arguments = ["--output", str(output), "--images", str(own_images), "--steps-scale", "0.03"]
     assert quickstart.main(arguments) == 0
     shown = capfd.readouterr().out
@@ -54,6 +56,14 @@ def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd):
     for image in results["own_images"]:
         assert image["tokens"] in (1, 4, 16)
         assert f"{image['tokens']} token" in shown and Path(image["image"]).name in shown
+
+    monkeypatch.chdir(tmp_path)
+    scope = {"image": Image.new("RGB", (64, 64), "white")}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        if "llava-hf/" not in block:  # what needs no download must run, one block after the other
+            exec(block, scope)
+    assert scope["output"].num_visual_tokens.tolist()[0] in (1, 4, 16)
+    assert scope["expanded"]["input_ids"][0].count(scope["processor"].image_token_id) == 16
 
     assert quickstart.prepare_output(output) == output  # a second run may use the folder again
     assert not (output / "model").exists()

@@ -153,14 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             data_name=source.name,
         )
-    calibration.apply(model)
+    calibration.apply(model, processor)
     print(calibration.summary())
     output = Path(options.output or options.model)
     if output.resolve() == Path(options.model).resolve():
         _write_into(output, model.config)
     else:
         model.save_pretrained(output)
-        processor.router = dict(model.config.router)
         processor.save_pretrained(output)
     calibration.save_histogram(output / HISTOGRAM)
     print(f"written: {output / 'config.json'}, {output / HISTOGRAM}")

@@ -74,8 +74,8 @@ class Calibration:
             "date": datetime.now(UTC).date().isoformat(),
         }
 
-    def apply(self, model: nn.Module) -> None:
-        """Let the model route by these thresholds from now on, and write them into its config."""
+    def apply(self, model: nn.Module, processor: Any = None) -> None:
+        """Let the model route by these thresholds from now on; write them into its config and its processor's copy."""
         inner = routed_model(model)
         inner.router.thresholds = self.thresholds
         owners: list[Any] = [
@@ -84,6 +84,8 @@ class Calibration:
         for config in owners:
             config.router = {**config.router, "thresholds": list(self.thresholds)}
             config.calibration = self.provenance()
+        if processor is not None:
+            processor.router = dict(owners[0].router)
 
     def summary(self) -> str:
         """The held-out figures in a few lines."""

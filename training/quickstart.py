@@ -157,8 +157,7 @@ def calibrate(model: Any, processor: Any) -> None:
         shares=[1 / 3, 1 / 3, 1 / 3],
         data_name="rendered images",
     )
-    calibration.apply(model)
-    processor.router = dict(model.config.router)
+    calibration.apply(model, processor)
     print("\n".join(f"  {line}" for line in calibration.summary().splitlines()))
 
 
