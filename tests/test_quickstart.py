@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -58,7 +59,7 @@ def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd, monkeypatch):
         assert f"{image['tokens']} token" in shown and Path(image["image"]).name in shown
 
     monkeypatch.chdir(tmp_path)
-    scope = {"image": Image.new("RGB", (64, 64), "white")}
+    scope: dict[str, Any] = {"image": Image.new("RGB", (64, 64), "white")}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         if "llava-hf/" not in block:  # what needs no download must run, one block after the other
             exec(block, scope)

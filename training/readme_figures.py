@@ -61,14 +61,15 @@ def benchmark_cpu(result: dict[str, Any]) -> str:
             f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
             f"{row['limit']:.3f}",
             "" if row["bar"] is None else f"{row['bar']:.3f}, {'met' if row['met'] else 'missed'}",
+            len(row["pairs"]),
         ]
         for row in result["rows"]
     ]
     machine = result["machine"]
     return (
         f"`{result['command'].strip()}`: {result['shape']}, {result['dtype']}, random weights, {machine['threads']} "
-        f"threads, {result['pairs']} interleaved pairs, ratio of medians with 95 % interval, transformers "
-        f"{result['versions']['transformers']}.\n\n{table(['what', 'ratio', 'limit', 'bar'], rows)}"
+        f"threads, interleaved pairs, ratio of medians with 95 % interval, transformers "
+        f"{result['versions']['transformers']}.\n\n{table(['what', 'ratio', 'limit', 'bar', 'pairs'], rows)}"
     )
 
 
@@ -92,8 +93,8 @@ def quickstart(result: dict[str, Any]) -> str:
         f"{result['seconds']['total'] / 60:.1f} minutes on a CPU ({result['peak_memory_mib']['training']} MiB at "
         f"most). {scores['auto']['all']['questions']} held-out questions, right answers and mean visual tokens:\n\n"
         + table(["tokens", *kinds], rows)
-        + "\n\nFine-tuning (LoRA, stock `SFTTrainer`) showed every image at its routed count only; what it is measured "
-        f"against is the model before it at {counts[-1]} tokens everywhere. The three kinds of image were made to need "
+        + "\n\nFine-tuning (LoRA, stock `SFTTrainer`) showed every image at its routed count only, so the figure to "
+        f"compare with is the model before it at {counts[-1]} tokens. The three kinds of image were made to need "
         "different counts: this shows the mechanism, not that routing pays on real images."
     )
 
