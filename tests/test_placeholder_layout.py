@@ -58,8 +58,10 @@ def by_hand(ids, mask, positions, lengths):
 
 def check(ids, mask, positions, lengths):
     """Compare `build_layout` with the loop in every slot; returns the layout."""
-    tensors = [None if value is None else torch.tensor(value) for value in (ids, mask, positions)]
-    layout = build_layout(*tensors, lengths, IMAGE)
+    ids_tensor, mask_tensor, positions_tensor = (
+        None if value is None else torch.tensor(value) for value in (ids, mask, positions)
+    )
+    layout = build_layout(ids_tensor, mask_tensor, positions_tensor, lengths, IMAGE)
     expected = by_hand(ids, mask, positions, lengths)
     batch, length, total = len(ids), len(ids[0]), max(1, *(len(slots) for slots in expected))
     assert layout.source.shape == (batch, total) and layout.aligned.shape == (batch, length)
@@ -69,7 +71,7 @@ def check(ids, mask, positions, lengths):
     visual = torch.tensor([[visual_marker(token)] for token in range(sum(lengths))]).view(-1, 1)
     rows = layout.splice(text, visual)
     states = layout.gather(rows)
-    new_ids = layout.expand_ids(tensors[0], IMAGE, PAD)
+    new_ids = layout.expand_ids(ids_tensor, IMAGE, PAD)
     embeds, places = layout.prefix(visual)
     whole_mask = layout.attention_mask if layout.attention_mask is not None else torch.ones(batch, total)
     pad_left = (mask is None or all(row[-1] for row in mask)) and not layout.packed

@@ -1,5 +1,7 @@
 """The rendered images and the tiny model that learns from them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_training_sees_the_ids_and_labels_that_the_chat_template_makes(tiny):
 
     processor, rng = tiny[1], np.random.default_rng(0)
     images = render_images(6, seed=9)
-    conversations = [conversation(image, rng) for image in images]
+    conversations: Any = [conversation(image, rng) for image in images]
     input_ids, labels = _Words(processor.tokenizer).batch(conversations)
     for chat, image in zip(conversations, images, strict=True):
         text = {"type": "text", "text": chat[0]["content"]}
