@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
+    try:
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
+    except ValueError as error:
+        print(f"python -m adaptive_llava {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

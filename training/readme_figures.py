@@ -53,7 +53,7 @@ def routing_real_images(result: dict[str, Any]) -> str:
     )
 
 
-def benchmark_cpu(result: dict[str, Any]) -> str:
+def benchmark(result: dict[str, Any]) -> str:
     """Ratios of the benchmark, each beside its limit."""
     rows = [
         [
@@ -102,7 +102,8 @@ def quickstart(result: dict[str, Any]) -> str:
 BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quickstart": (quickstart, "make quickstart"),
     "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
-    "benchmark_cpu": (benchmark_cpu, "python -m adaptive_llava.training.benchmark"),
+    "benchmark_cpu": (benchmark, "python -m adaptive_llava.training.benchmark"),
+    "benchmark_cpu_clip": (benchmark, "python -m adaptive_llava.training.benchmark --shape clip-l-336+qwen2.5-0.5b"),
 }
 
 
