@@ -38,4 +38,4 @@ def test_a_value_that_cannot_work_is_told_in_one_line(tmp_path, capsys):
         Image.new("RGB", (24, 24), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
     arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "images"), "--target-mean", "99"]
     assert main(["calibrate", *arguments]) == 2
-    assert "calibrate: error: `target_mean=99.0` cannot be reached" in capsys.readouterr().err
+    assert "calibrate: error: `target_mean=99` cannot be reached" in capsys.readouterr().err
