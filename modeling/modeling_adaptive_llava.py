@@ -194,10 +194,14 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         """
         features = self.extract_features(pixel_values)
         routing = self.router(features)
-        decided = self._decide(
-            features, routing, visual_token_budget, visual_rungs, images_per_prompt, routing.rungs, routing.scores
+        rungs = self._rungs(
+            features,
+            routing,
+            images_per_prompt=images_per_prompt,
+            budget=visual_token_budget,
+            rungs=visual_rungs,
         )
-        return self._compress(features, routing, decided)
+        return self._compress(features, routing, rungs)
 
     def extract_features(self, pixel_values: Tensor) -> VisionFeatures:
         """Features of images `(num_images, 3, height, width)` as routers and compressors read them."""
@@ -244,14 +248,19 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             return EncodedBatch(ids, mask, positions, encoded_images, self._is_compact(ids, encoded_images.lengths))
         features = self.extract_features(pixel_values)
         routing = self.router(features)
-        ids, mask, positions, rungs, scores = to_host(
+        ids, mask, positions, router_rungs, scores = to_host(
             input_ids, attention_mask, position_ids, routing.rungs, routing.scores
         )
         per_prompt = (ids == self.config.image_token_id).sum(1).tolist()
-        if sum(per_prompt) != len(features.views_per_image):
-            per_prompt = None  # an expanded batch: its counts are fixed beforehand
-        decided = self._decide(features, routing, visual_token_budget, visual_rungs, per_prompt, rungs, scores)
-        encoded = self._compress(features, routing, decided)
+        rungs = self._rungs(
+            features,
+            Routing(router_rungs, scores),
+            # an expanded batch's counts are fixed beforehand, and its placeholders are not its images
+            images_per_prompt=per_prompt if sum(per_prompt) == len(features.views_per_image) else None,
+            budget=visual_token_budget,
+            rungs=visual_rungs,
+        )
+        encoded = self._compress(features, routing, rungs)
         return EncodedBatch(ids, mask, positions, encoded, self._is_compact(ids, encoded.lengths))
 
     def get_image_features(
@@ -352,7 +361,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         kwargs.pop("mm_token_type_ids", None)
         if past_key_values is None and attention_mask is None and holds_segments(host_positions):
             kwargs["use_cache"] = False  # segments of one row share no cache, and a cache would hide them
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             # count attended slots in every layout, so that rows of one cache agree
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -rows.shape[1] :]
 
@@ -378,24 +387,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         )
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()
 
-    def _decide(
-        self,
-        features: VisionFeatures,
-        routing: Routing,
-        budget: Budget,
-        rungs: Sequence[int] | Tensor | None,
-        images_per_prompt: Sequence[int] | None,
-        router_rungs: Tensor,
-        router_scores: Tensor,
-    ) -> list[int]:
-        return resolve_rungs(
-            Routing(router_rungs, router_scores),
-            self.compressor.ladder(features.grid),
-            features.views_per_image,
-            images_per_prompt=images_per_prompt,
-            budget=budget,
-            rungs=rungs,
-        )
+    def _rungs(self, features: VisionFeatures, routing: Routing, **decision: Any) -> list[int]:
+        return resolve_rungs(routing, self.compressor.ladder(features.grid), features.views_per_image, **decision)
 
     def _compress(self, features: VisionFeatures, routing: Routing, rungs: list[int]) -> EncodedImages:
         tokens = self.compressor(features, rungs)
