@@ -38,10 +38,6 @@ class CompactRows:
         prompt = self.prompt.to(sequences.device).repeat_interleave(repeats, dim=0)
         return torch.cat([prompt, sequences[:, self.expanded_length :]], dim=1)
 
-    def wrap(self, function: Callable) -> Callable:
-        """A logits processor or stopping criterion that gets compact rows."""
-        return lambda sequences, *rest, **kwargs: function(self.rows(sequences), *rest, **kwargs)
-
     def wrap_prefix_function(self, function: Callable, repeats: int) -> Callable:
         """A `prefix_allowed_tokens_fn` that gets compact ids; `repeats` rows are counted for each prompt."""
         return lambda row, ids: function(
@@ -238,10 +234,12 @@ class _Wrapped:
     # keeps the attributes of a processor or criterion, since generate looks at some of them
     def __init__(self, function: Callable, rows: CompactRows):
         self.function = function
-        self.call = rows.wrap(function)
+        self.rows = rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+        # two parameters: transformers reads this signature, and takes more than two for arguments it must be given
+        sequences, *rest = args
+        return self.function(self.rows.rows(sequences), *rest, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.function, name)

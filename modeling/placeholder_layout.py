@@ -25,14 +25,12 @@ class PlaceholderLayout:
         aligned: For each input id its last expanded slot, `(B, L)`; -1 for dropped padding.
         attention_mask: `(B, T)`, or `None` if every slot is attended.
         position_ids: `(B, T)`, or `None` if they count up from 0 in every row.
-        packed: True if rows hold several segments, told apart by their positions.
     """
 
     source: Tensor
     aligned: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
-    packed: bool = False
 
     @property
     def surplus(self) -> int:
@@ -119,7 +117,9 @@ def build_layout(
     ends = width.cumsum(1)
     starts, totals = ends - width, ends[:, -1]
     total = max(1, int(totals.max()))
-    pad_left = bool(kept[:, -1].all()) and not _is_packed(position_ids, attention_mask)
+    # several segments in a row are told apart by their positions, without a mask
+    packed = attention_mask is None and holds_segments(position_ids)
+    pad_left = bool(kept[:, -1].all()) and not packed
     offset = (total - totals).unsqueeze(1) if pad_left else torch.zeros(batch, 1, dtype=torch.long)
 
     # One entry per slot: the input id it belongs to, and its place among that id's slots.
@@ -136,7 +136,6 @@ def build_layout(
     mask = torch.zeros(batch, total, dtype=torch.long)
     mask[row, column] = 1 if attention_mask is None else (attention_mask.flatten()[owner] != 0).long()
     aligned = torch.where(width > 0, ends - 1 + offset, -1)
-    packed = _is_packed(position_ids, attention_mask)
     if position_ids is not None:
         positions = torch.arange(total).expand(batch, -1) - totals.unsqueeze(1)  # filling is a segment of its own
         positions = positions.clamp(min=0).clone()
@@ -152,7 +151,7 @@ def build_layout(
     open_mask = packed or (bool(mask.all()) and past_mask is None)
     if past_mask is not None:
         mask = torch.cat([past_mask, mask], dim=1)
-    return PlaceholderLayout(source, aligned, None if open_mask else mask, positions, packed)
+    return PlaceholderLayout(source, aligned, None if open_mask else mask, positions)
 
 
 def _without_edges(attended: Tensor) -> Tensor:
@@ -173,7 +172,3 @@ def _segment_starts(position_ids: Tensor) -> Tensor:
 def holds_segments(position_ids: Tensor | None) -> bool:
     """Whether positions `(B, L)` start again somewhere inside a row, as in packed rows."""
     return position_ids is not None and bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
-
-
-def _is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-    return attention_mask is None and holds_segments(position_ids)

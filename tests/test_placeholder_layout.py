@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,12 +76,15 @@ def check(ids, mask, positions, lengths):
     new_ids = layout.expand_ids(ids_tensor, IMAGE, PAD)
     embeds, places = layout.prefix(visual)
     whole_mask = layout.attention_mask if layout.attention_mask is not None else torch.ones(batch, total)
-    pad_left = (mask is None or all(row[-1] for row in mask)) and not layout.packed
+    packed = mask is None and any(later <= earlier for row in positions or [] for earlier, later in pairwise(row))
+    pad_left = (mask is None or all(row[-1] for row in mask)) and not packed
     for row, slots in enumerate(expected):
         start = total - len(slots) if pad_left else 0
         inside = range(start, start + len(slots))
         assert rows[row, list(inside), 0].tolist() == [marker for marker, *_ in slots]
-        if not layout.packed:
+        if packed:
+            assert layout.attention_mask is None
+        else:
             attended = [whole_mask[row, slot].item() for slot in range(total)]
             assert attended == [slots[slot - start][1] if slot in inside else 0 for slot in range(total)]
         if layout.position_ids is None:
@@ -156,10 +161,7 @@ def test_packed_rows_count_the_surplus_of_each_segment_alone(case, data):
         for column, reset in enumerate(resets):
             mine.append(0 if column == 0 or reset else mine[-1] + 1)
         positions.append(mine)
-    layout = check(ids, None, positions, lengths)
-    assert layout.packed == any(0 in row[1:] for row in positions)
-    if layout.packed:
-        assert layout.attention_mask is None
+    check(ids, None, positions, lengths)
 
 
 @settings(max_examples=100, deadline=None)
@@ -178,13 +180,12 @@ def test_filling_behind_a_packed_row_is_a_segment_of_its_own():
     layout = build_layout(
         torch.tensor([[1, 2, 3], [IMAGE, 1, 2]]), None, torch.tensor([[0, 1, 0], [0, 1, 2]]), (3,), IMAGE
     )
-    assert layout.packed
+    assert layout.attention_mask is None
     assert layout.position_ids.tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]
 
 
 def test_filling_before_a_row_of_given_positions_is_masked():
     layout = build_layout(torch.tensor([[1, 2], [IMAGE, 2]]), None, torch.tensor([[0, 1], [0, 1]]), (3,), IMAGE)
-    assert not layout.packed
     assert layout.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert layout.position_ids[0, 2:].tolist() == [0, 1]
     assert layout.position_ids[1].tolist() == [0, 1, 2, 3]
