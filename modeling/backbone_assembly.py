@@ -10,14 +10,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .projector import AdaptiveLlavaProjector
 from .vision_tower_features import extract_features, input_size, unwrap_tower, vision_geometry
 
 
+logger = logging.get_logger(__name__)
+
 # Parts whose weights belong to this package; a checkpoint must bring them all.
-OWN_PARTS = ("multi_modal_projector", "compressor", "router")
+OWN_PARTS = ("multi_block_fusion", "compressor", "router", "multi_modal_projector")
 
 _LOADING_ARGUMENTS = (
     "revision",
@@ -82,7 +85,7 @@ class BackboneAssemblyMixin:
             **({"image_token_id": image_token_id} | fields),
         )
         built = _assemble(cls, config, tower, model.model.language_model, model.lm_head, model.generation_config)
-        _warm_start_projector(built.model.multi_modal_projector, model.model.multi_modal_projector)
+        _warm_start(built, model.model.multi_modal_projector)
         return built
 
     @classmethod
@@ -148,9 +151,10 @@ def _assemble(
     parameter = next(language_model.parameters())
     inner = model.model
     inner.vision_tower, inner.language_model, model.lm_head = tower, language_model, head
+    inner.multi_block_fusion = config.build_fusion()
     inner.compressor = config.build_compressor()
     inner.router = config.build_router(inner.compressor)
-    inner.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, inner.compressor.output_dim)
+    inner.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, inner.compressor)
     model._adopt_language_model_names()
     for name in OWN_PARTS:
         part = getattr(inner, name)
@@ -160,6 +164,23 @@ def _assemble(
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
     return model.eval()
+
+
+def _warm_start(built: Any, trained: Any) -> None:
+    own, config = built.model.multi_modal_projector, built.config
+    new = [] if config.fusion_blocks is None or config.fusion_variant == "released" else ["multi_block_fusion"]
+    if own is None and not built.model.compressor.warm_start(trained):
+        new.append("compressor")
+    elif own is not None:
+        _warm_start_projector(own, trained)
+        if any(True for _ in built.model.compressor.parameters()):
+            new.append("compressor")
+    if new:
+        config.compressor_trained = False
+        logger.warning(
+            f"New weights in: {', '.join(new)}. Fine-tune the model before use; its projector, tower and language "
+            "model are the source's own."
+        )
 
 
 def _warm_start_projector(own: Any, trained: Any) -> None:

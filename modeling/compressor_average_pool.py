@@ -22,14 +22,15 @@ class AveragePoolCompressor(Compressor):
 
     Args:
         dim: Width of the vision features.
+        text_dim: Width of the language model.
         factors: Sides of the pooling windows, in patches, strictly rising; the largest is rung 0.
         strict_tiling: Refuse a grid that a factor does not divide, instead of dropping trailing patches.
     """
 
     type_name = "average_pool"
 
-    def __init__(self, dim: int, *, factors: Sequence[int] = (1, 2, 3), strict_tiling: bool = False):
-        super().__init__(dim)
+    def __init__(self, dim: int, text_dim: int, *, factors: Sequence[int] = (1, 2, 3), strict_tiling: bool = False):
+        super().__init__(dim, text_dim)
         self.factors = whole_numbers("compressor.factors", factors, minimum=1)
         if list(self.factors) != sorted(set(self.factors)):
             raise ValueError(f"`compressor.factors={list(factors)!r}` must rise strictly, like [1, 2, 3].")

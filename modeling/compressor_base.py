@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,11 @@ class Compressor(nn.Module):
         output_dim: Width of the tokens it makes.
         projects: True if its tokens are already as wide as the language model, so that no projector is built.
         pool_factors: Side of the pooling window of each rung, in patches; `None` where rungs are no windows.
+        input_dim: Width of the patches it reads.
 
     Args:
         dim: Width of the vision features.
+        text_dim: Width of the language model.
     """
 
     type_name: str
@@ -35,9 +37,10 @@ class Compressor(nn.Module):
     projects: bool = False
     pool_factors: tuple[int, ...] | None = None
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, text_dim: int):
         super().__init__()
-        self.output_dim = dim
+        self.input_dim = dim
+        self.output_dim = text_dim if self.projects else dim
 
     @property
     def options(self) -> dict:
@@ -56,6 +59,24 @@ class Compressor(nn.Module):
         """Tokens of all given views at one rung, `(V, ladder[rung], output_dim)`."""
         raise NotImplementedError
 
+    def initialise(self) -> None:
+        """Start values of new weights; without any, or where PyTorch's own are right, nothing to do."""
+
+    def warm_start(self, projector: nn.Module) -> bool:
+        """Take over the weights of a LLaVA projector, if this compressor has layers of that kind.
+
+        Args:
+            projector: Trained, with `linear_1` and `linear_2`.
+
+        Returns:
+            Whether its tokens now equal those of pooled patches behind that projector.
+        """
+        return False
+
+    def idle_parameters(self, rungs: Collection[int]) -> Iterable[nn.Parameter]:
+        """Parameters that `compress` does not touch at any of these rungs."""
+        return ()
+
     def forward(self, features: VisionFeatures, rungs: Sequence[int]) -> VisualTokens:
         """Tokens of every view at its own rung; views that share a rung are compressed together.
 
@@ -65,9 +86,19 @@ class Compressor(nn.Module):
         """
         ladder = self.ladder(features.grid)
         lengths = tuple(ladder[rung] for rung in rungs)
-        used = sorted(set(rungs))
-        if len(used) <= 1:
-            return VisualTokens(self.compress(features, used[0] if used else 0).flatten(0, 1), lengths)
+        used = sorted(set(rungs)) or [0]
+        values = self._compress_by_rung(features, rungs, used, lengths)
+        if self.training and torch.is_grad_enabled():
+            # what no view needed joins with weight 0, so that distributed ranks stay in step
+            idle = [(parameter * 0).sum() for parameter in self.idle_parameters(used) if parameter.requires_grad]
+            values = values + sum(idle) if idle else values
+        return VisualTokens(values, lengths)
+
+    def _compress_by_rung(
+        self, features: VisionFeatures, rungs: Sequence[int], used: Sequence[int], lengths: Sequence[int]
+    ) -> Tensor:
+        if len(used) == 1:
+            return self.compress(features, used[0]).flatten(0, 1)
         groups = [[view for view, chosen in enumerate(rungs) if chosen == rung] for rung in used]
         packed = torch.cat(
             [
@@ -80,7 +111,7 @@ class Compressor(nn.Module):
         starts = torch.tensor([0] + [lengths[view] for view in order[:-1]]).cumsum(0).tolist()
         start_of = dict(zip(order, starts, strict=True))
         index = torch.cat([torch.arange(start_of[view], start_of[view] + lengths[view]) for view in range(len(rungs))])
-        return VisualTokens(packed.index_select(0, index.to(packed.device, non_blocking=True)), lengths)
+        return packed.index_select(0, index.to(packed.device, non_blocking=True))
 
 
 def patch_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:

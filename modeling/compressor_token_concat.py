@@ -22,14 +22,15 @@ class TokenConcatCompressor(Compressor):
 
     Args:
         dim: Width of the vision features.
+        text_dim: Width of the language model.
         window: Side of a window, in patches.
         strict_tiling: Refuse a grid that the window does not divide, instead of dropping trailing patches.
     """
 
     type_name = "token_concat"
 
-    def __init__(self, dim: int, *, window: int = 2, strict_tiling: bool = False):
-        super().__init__(dim)
+    def __init__(self, dim: int, text_dim: int, *, window: int = 2, strict_tiling: bool = False):
+        super().__init__(dim, text_dim)
         (self.window,) = whole_numbers("compressor.window", [window], minimum=1)
         self.strict_tiling = strict_tiling
         self.output_dim = self.window * self.window * dim

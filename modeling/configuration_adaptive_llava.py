@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
 from .compressor_registry import COMPRESSORS
+from .multi_block_fusion import MultiBlockFusion, check_fusion_blocks, default_fusion_blocks
 from .option_schema import build_part
 from .preset_table import preset_options
 from .router_base import Router
@@ -53,6 +54,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         router: `{"type": name, option: value, ...}`; see `router_registry.py`.
         image_token_id: Id of the `<image>` placeholder.
         vision_feature_layer: Hidden state of the tower that is compressed; a list joins several on the channels.
+        fusion_blocks: Hidden states that multi-block fusion joins into the features to compress, in place of
+            `vision_feature_layer`; `"default"` spreads them over the tower; `None`: no fusion.
+        fusion_variant: `"released"` or `"paper"`; see `multi_block_fusion.py`.
         projector_hidden_act: Activation between the projector's two layers.
         multimodal_projector_bias: Whether the projector's layers have biases.
         vision_feature_dim: Width of one selected layer. Read from `vision_config` where that tells; to be given for
@@ -78,6 +82,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         router: Mapping[str, Any] | None = None,
         image_token_id: int = 32000,
         vision_feature_layer: int | list[int] = -2,
+        fusion_blocks: list[int] | str | None = None,
+        fusion_variant: str = "released",
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
         vision_feature_dim: int | None = None,
@@ -100,6 +106,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.router = dict(router) if isinstance(router, Mapping) else router or {"type": "fixed"}
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
+        self.fusion_blocks = fusion_blocks
+        self.fusion_variant = fusion_variant
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
         self.vision_feature_dim = vision_feature_dim
@@ -138,7 +146,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
                 "features. Pass `vision_feature_dim` and `vision_grid=[height, width]`, or use `from_backbones`, "
                 "which measures them."
             )
+        self._check_fusion()
         with torch.device("meta"):
+            self.build_fusion()
             compressor = self.build_compressor()
             router = self.build_router(compressor)
         self.compressor, self.router = compressor.options, router.options
@@ -148,8 +158,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
 
     @property
     def feature_dim(self) -> int:
-        """Width of the features that the compressor reads: all selected layers joined."""
-        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        """Width of the features that the compressor reads: all selected layers joined, or fused into one."""
+        one = self.fusion_blocks is not None or isinstance(self.vision_feature_layer, int)
+        layers = 1 if one else len(self.vision_feature_layer)
         return layers * self.vision_feature_dim
 
     @property
@@ -157,13 +168,38 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         """Token counts this model can spend on an image, fewest first."""
         return visual_token_ladder(self.compressor, self.vision_grid)
 
+    def build_fusion(self) -> MultiBlockFusion | None:
+        """New multi-block fusion, or `None` if this config has none."""
+        if self.fusion_blocks is None:
+            return None
+        return MultiBlockFusion(self.vision_feature_dim, blocks=self.fusion_blocks, variant=self.fusion_variant)
+
     def build_compressor(self) -> Compressor:
         """A new compressor as this config describes it."""
-        return build_part("compressor", COMPRESSORS, self.compressor, self.feature_dim)
+        return build_part("compressor", COMPRESSORS, self.compressor, self.feature_dim, self.text_config.hidden_size)
 
     def build_router(self, compressor: Compressor) -> Router:
         """A new router for the rungs of `compressor`."""
-        return build_part("router", ROUTERS, self.router, self.feature_dim, compressor)
+        return build_part("router", ROUTERS, self.router, self.vision_feature_dim, compressor)
+
+    def _check_fusion(self) -> None:
+        if self.fusion_blocks is None:
+            return
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if vision_geometry(self.vision_config) is None or layers is None:
+            raise ValueError(
+                f"`fusion_blocks={self.fusion_blocks!r}` needs a tower whose hidden states share one grid and width, "
+                f"and {self.vision_config.model_type!r} has no such blocks. Use a ViT (CLIP, SigLIP, DINOv2), or "
+                "`fusion_blocks=None`."
+            )
+        if not isinstance(self.vision_feature_layer, int):
+            raise ValueError(
+                f"`vision_feature_layer={self.vision_feature_layer!r}` and `fusion_blocks` both join hidden states. "
+                "Give one layer, or `fusion_blocks=None`."
+            )
+        default = isinstance(self.fusion_blocks, str) and self.fusion_blocks == "default"
+        blocks = default_fusion_blocks(layers) if default else self.fusion_blocks
+        self.fusion_blocks = check_fusion_blocks(blocks, layers)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,24 +20,25 @@ from transformers.utils import logging
 
 from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
 from .code_files import copy_code
+from .compressor_base import Compressor
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
+from .multi_block_fusion import MultiBlockFusion
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .projector import AdaptiveLlavaProjector
+from .router_base import Router
 from .vision_tower_features import extract_features, input_size, unwrap_tower
 from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
 
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
-    from .compressor_base import Compressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
     from .compressor_registry import COMPRESSORS  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .option_schema import build_part  # noqa: F401
     from .preset_table import PRESETS  # noqa: F401
-    from .router_base import Router  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
@@ -100,6 +101,11 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
         config.check_options()
         super().__init__(config, *args, **kwargs)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Compressor, Router, MultiBlockFusion)):
+            module.initialise()  # last: transformers has visited the layers inside
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint that lacks weights of the projector, compressor or router is refused.
@@ -151,9 +157,10 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     def __init__(self, config: AdaptiveLlavaConfig):
         super().__init__(config)
         self.vision_tower = unwrap_tower(AutoModel.from_config(config.vision_config))
+        self.multi_block_fusion = config.build_fusion()
         self.compressor = config.build_compressor()
         self.router = config.build_router(self.compressor)
-        self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor.output_dim)
+        self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor)
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
         self.post_init()
@@ -167,7 +174,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     def train(self, mode: bool = True) -> AdaptiveLlavaModel:
         super().train(mode)
         # a frozen tower stays frozen: batch norm would go on averaging, and with its features the routing would drift
-        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+        if not _is_trainable(self.vision_tower):
             self.vision_tower.eval()
         return self
 
@@ -212,14 +219,21 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             )
         parameter = next(self.vision_tower.parameters())
         # with PEFT and gradient checkpointing, transformers 5 marks a frozen tower's embeddings as needing gradients
-        trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        trained = pixel_values.requires_grad or _is_trainable(self.vision_tower)
+        fusion = self.multi_block_fusion
+        blocks = {*self.router.needs_blocks, *(() if fusion is None else fusion.blocks)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return extract_features(
+            features = extract_features(
                 self.vision_tower,
                 pixel_values.to(device=parameter.device, dtype=parameter.dtype),
                 self.config.vision_feature_layer,
-                self.router.needs_blocks,
+                sorted(blocks),
             )
+        if fusion is None:
+            return features
+        dtype = fusion.linear_1.weight.dtype  # the backbones may have been loaded in different precisions
+        states = {block: features.blocks[block].to(dtype) for block in fusion.blocks}
+        return replace(features, patches=fusion(states))
 
     def encode_batch(
         self,
@@ -460,12 +474,12 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def _unused_visual_parameters(self, text: Tensor) -> Tensor | float:
         # rows without images: trainable visual parts join with weight 0, so that distributed ranks stay in step
-        parts = [self.vision_tower, self.compressor, self.router, self.multi_modal_projector]
-        trainable = [any(p.requires_grad for p in part.parameters()) if part is not None else False for part in parts]
-        if not any(trainable):
+        own = [self.compressor, self.router, self.multi_block_fusion, self.multi_modal_projector]
+        tower_trains = _is_trainable(self.vision_tower)
+        if not tower_trains and not any(part is not None and _is_trainable(part) for part in own):
             return 0.0
         height, width = self.config.vision_grid
-        if trainable[0]:
+        if tower_trains or self.multi_block_fusion is not None:
             features = self.extract_features(torch.zeros(1, 3, *input_size(self.vision_tower), device=text.device))
         else:
             dtype = next(self.vision_tower.parameters()).dtype
@@ -584,6 +598,10 @@ class AdaptiveLlavaForConditionalGeneration(
         return super().generate(*args, **kwargs)
 
     generate.__doc__ = PlaceholderGenerationMixin.generate.__doc__
+
+
+def _is_trainable(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _no_split_modules(*parts: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "random-pool": {"compressor": {"type": "average_pool", "factors": [1, 2, 3]}, "router": {"type": "random"}},
     "dfmr": {"compressor": {"type": "average_pool", "factors": [1, 2, 3]}, "router": {"type": "feature_std"}},
     "token-concat": {"compressor": {"type": "token_concat", "window": 2}, "router": {"type": "fixed"}},
+    "mbtf": {"compressor": {"type": "identity"}, "router": {"type": "fixed"}, "fusion_blocks": "default"},
 }
 
 PRESET_ALIASES = {"llava-zip": "dfmr"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .compressor_base import Compressor
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 
 
@@ -29,10 +30,12 @@ class AdaptiveLlavaProjector(nn.Module):
         self.linear_2 = nn.Linear(text_dim, text_dim, bias=bias)
 
     @classmethod
-    def from_config(cls, config: AdaptiveLlavaConfig, dim: int) -> AdaptiveLlavaProjector:
-        """The projector of a model whose compressor makes tokens of width `dim`."""
+    def from_config(cls, config: AdaptiveLlavaConfig, compressor: Compressor) -> AdaptiveLlavaProjector | None:
+        """The projector behind a compressor; `None` if that one's tokens are as wide as the language model already."""
+        if compressor.projects:
+            return None
         return cls(
-            dim,
+            compressor.output_dim,
             config.text_config.hidden_size,
             hidden_act=config.projector_hidden_act,
             bias=config.multimodal_projector_bias,

@@ -20,7 +20,7 @@ class Router(nn.Module):
         needs_blocks: Indices of the tower's hidden states it reads besides the selected layer.
 
     Args:
-        dim: Width of the vision features.
+        dim: Width of one hidden state of the vision tower.
         compressor: The compressor whose rungs are chosen.
     """
 
@@ -35,6 +35,9 @@ class Router(nn.Module):
     def options(self) -> dict:
         """All options with defaults filled in, as the config writes them."""
         return resolved_options(self.type_name, self)
+
+    def initialise(self) -> None:
+        """Start values of new weights; without any, or where PyTorch's own are right, nothing to do."""
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse a patch grid that this router cannot judge.

@@ -31,7 +31,7 @@ class FeatureStdRouter(Router):
     `python -m adaptive_llava calibrate`.
 
     Args:
-        dim: Width of the vision features.
+        dim: Width of one hidden state of the vision tower.
         compressor: The compressor whose rungs are chosen.
         windows: Side of the window judged for each rung but the top one, in patches, rung 0 first. Default: the
             compressor's pooling factors, or 2 for each where it does not pool.

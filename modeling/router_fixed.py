@@ -13,7 +13,7 @@ class FixedRouter(Router):
     """Give every view the same rung.
 
     Args:
-        dim: Width of the vision features.
+        dim: Width of one hidden state of the vision tower.
         compressor: The compressor whose rungs are chosen.
         rung: Index into the compressor's ladder; negative counts from the top, -1 being the most tokens.
     """

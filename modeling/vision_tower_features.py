@@ -81,6 +81,7 @@ def extract_features(
         pixels=pixel_values,
         views_per_image=(1,) * pixel_values.shape[0],
         blocks={index: _patches(states[index], prefix) for index in blocks},
+        layer_cls=torch.cat([states[index][:, 0] for index in layers], dim=-1) if prefix else None,
     )
 
 

@@ -19,7 +19,8 @@ class VisionFeatures:
     Attributes:
         patches: Selected layer without prefix tokens, `(V, height * width, dim)`, rows first.
         grid: Patches per side, `(height, width)`.
-        cls: Final [CLS] state after the tower's last norm, `(V, dim)`; `None` where the tower has none.
+        cls: Final [CLS] state after the tower's last norm, `(V, tower_dim)`; `None` where the tower has none.
+        layer_cls: [CLS] state of the selected layer, `(V, dim of the selected layers)`; `None` like `cls`.
         blocks: Hidden states asked for by a router's or fusion's `needs_blocks`.
         pixels: Images as the tower saw them, `(V, 3, height, width)`.
         views_per_image: Views of each image, as host integers.
@@ -31,6 +32,7 @@ class VisionFeatures:
     pixels: Tensor
     views_per_image: tuple[int, ...]
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
+    layer_cls: Tensor | None = None
 
     def select(self, views: Sequence[int]) -> VisionFeatures:
         """The given views alone, each as an image of its own."""
@@ -42,6 +44,7 @@ class VisionFeatures:
             pixels=self.pixels.index_select(0, index),
             views_per_image=(1,) * len(views),
             blocks={layer: states.index_select(0, index) for layer, states in self.blocks.items()},
+            layer_cls=None if self.layer_cls is None else self.layer_cls.index_select(0, index),
         )
 
 

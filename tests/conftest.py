@@ -29,8 +29,8 @@ TINY_ROUTERS = {
     "random": {"type": "random"},
     "feature_std": {"type": "feature_std"},
 }
-PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr"]
-PRESETS_TO_COME = ["stf", "mbtf", "stf-mbtf", "llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
+PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf"]
+PRESETS_TO_COME = ["stf", "stf-mbtf", "llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
 
 
 def tiny_vision_config(kind: str = "clip", image_size: int = 24):

@@ -20,14 +20,14 @@ from tests.conftest import TINY_COMPRESSORS
 
 pytestmark = pytest.mark.compat
 
-DIM = 8
+DIM, TEXT_DIM = 8, 12
 GRIDS = [(6, 6), (7, 5), (3, 8)]
 every_compressor = pytest.mark.parametrize("name", TINY_COMPRESSORS)
 
 
 def build(name: str) -> Compressor:
     torch.manual_seed(0)
-    return build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[name], DIM).eval()
+    return build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[name], DIM, TEXT_DIM).eval()
 
 
 def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0, dim: int = DIM) -> VisionFeatures:
@@ -130,7 +130,7 @@ def test_autocast_on_the_cpu_runs_and_stays_close(name):
 def test_saved_weights_and_options_give_the_same_bits(name, tmp_path):
     compressor = build(name)
     save_file(compressor.state_dict(), tmp_path / "weights.safetensors")
-    again = build_part("compressor", COMPRESSORS, compressor.options, DIM).eval()
+    again = build_part("compressor", COMPRESSORS, compressor.options, DIM, TEXT_DIM).eval()
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     views, rungs = features(4), mixed_rungs(compressor, 4)
     assert torch.equal(again(views, rungs).values, compressor(views, rungs).values)
@@ -140,13 +140,13 @@ def test_saved_weights_and_options_give_the_same_bits(name, tmp_path):
 def test_options_written_out_build_the_same_compressor(name):
     compressor = build(name)
     assert set(compressor.options) >= set(TINY_COMPRESSORS[name])
-    assert build_part("compressor", COMPRESSORS, compressor.options, DIM).options == compressor.options
+    assert build_part("compressor", COMPRESSORS, compressor.options, DIM, TEXT_DIM).options == compressor.options
     assert COMPRESSORS[name].type_name == name
 
 
 def test_identity_returns_the_patches_untouched():
     views = features(3)
-    tokens = IdentityCompressor(DIM)(views, [0, 0, 0])
+    tokens = IdentityCompressor(DIM, TEXT_DIM)(views, [0, 0, 0])
     assert torch.equal(tokens.values, views.patches.flatten(0, 1)) and tokens.lengths == (36, 36, 36)
 
 
@@ -154,7 +154,7 @@ def test_pooling_averages_whole_windows_and_drops_the_rest():
     # a 3x5 grid of 0..14; factor 2 leaves one row of two windows
     patches = torch.arange(15.0).view(1, 15, 1)
     views = VisionFeatures(patches, (3, 5), None, torch.zeros(1, 3, 8, 8), (1,))
-    pool = AveragePoolCompressor(1, factors=[1, 2, 3])
+    pool = AveragePoolCompressor(1, TEXT_DIM, factors=[1, 2, 3])
     assert pool.ladder((3, 5)) == (1, 2, 15)
     assert pool.compress(views, 1).flatten().tolist() == [(0 + 1 + 5 + 6) / 4, (2 + 3 + 7 + 8) / 4]
     assert pool.compress(views, 0).flatten().tolist() == [(0 + 1 + 2 + 5 + 6 + 7 + 10 + 11 + 12) / 9]
@@ -164,7 +164,7 @@ def test_pooling_averages_whole_windows_and_drops_the_rest():
 def test_pooling_equals_a_loop_over_windows_on_any_grid():
     for grid in GRIDS:
         views = features(2, grid)
-        pool = AveragePoolCompressor(DIM, factors=[1, 2, 3])
+        pool = AveragePoolCompressor(DIM, TEXT_DIM, factors=[1, 2, 3])
         patch_map = views.patches.numpy().reshape(2, *grid, DIM)
         for rung, factor in enumerate((3, 2, 1)):
             rows, columns = grid[0] // factor, grid[1] // factor
@@ -183,7 +183,7 @@ def test_concatenation_lists_each_channels_window_row_by_row():
     # two channels: patch p holds (p, 100 + p) on a 2x4 grid
     patches = torch.stack([torch.arange(8.0), 100 + torch.arange(8.0)], dim=-1).unsqueeze(0)
     views = VisionFeatures(patches, (2, 4), None, torch.zeros(1, 3, 8, 8), (1,))
-    tokens = TokenConcatCompressor(2, window=2).compress(views, 0)
+    tokens = TokenConcatCompressor(2, TEXT_DIM, window=2).compress(views, 0)
     assert tokens.tolist() == [[[0, 1, 4, 5, 100, 101, 104, 105], [2, 3, 6, 7, 102, 103, 106, 107]]]
 
 
@@ -193,7 +193,7 @@ def test_a_linear_layer_on_joined_windows_is_a_strided_convolution():
     linear = torch.nn.Linear(4 * DIM, 5)
     linear.load_state_dict({"weight": convolution.weight.detach().flatten(1), "bias": convolution.bias.detach()})
     maps = views.patches.transpose(1, 2).unflatten(2, (6, 6))
-    joined = TokenConcatCompressor(DIM, window=2).compress(views, 0)
+    joined = TokenConcatCompressor(DIM, TEXT_DIM, window=2).compress(views, 0)
     torch.testing.assert_close(linear(joined), convolution(maps).flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_pooling_equals_the_code_of_matryoshka_models(shared, factor, tokens):
     golden = load_file(shared / "golden" / "m3" / "avgpool_scales.safetensors")
     patches = golden["input.projected_features"]
     views = VisionFeatures(patches, (24, 24), None, torch.zeros(2, 3, 8, 8), (1, 1))
-    pool = AveragePoolCompressor(patches.shape[-1], factors=[factor])
+    pool = AveragePoolCompressor(patches.shape[-1], TEXT_DIM, factors=[factor])
     torch.testing.assert_close(pool.compress(views, 0), golden[f"output.tokens_{tokens}"], rtol=0, atol=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_concatenation_orders_a_window_as_the_code_of_llava_stf(shared):
     patches = golden["input.features"]
     side = int(patches.shape[1] ** 0.5)
     views = VisionFeatures(patches, (side, side), None, torch.zeros(2, 3, 8, 8), (1, 1))
-    joined = TokenConcatCompressor(patches.shape[-1], window=2).compress(views, 0)
+    joined = TokenConcatCompressor(patches.shape[-1], TEXT_DIM, window=2).compress(views, 0)
     assert torch.equal(joined, golden["output.windows"])
 
 
@@ -236,4 +236,4 @@ def test_concatenation_orders_a_window_as_the_code_of_llava_stf(shared):
 )
 def test_options_that_make_no_compressor_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        build_part("compressor", COMPRESSORS, options, DIM)
+        build_part("compressor", COMPRESSORS, options, DIM, TEXT_DIM)

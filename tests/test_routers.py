@@ -20,7 +20,7 @@ from tests.conftest import TINY_COMPRESSORS, TINY_ROUTERS
 
 pytestmark = pytest.mark.compat
 
-DIM = 8
+DIM, TEXT_DIM = 8, 12
 every_pair = [
     pytest.mark.parametrize("router_name", TINY_ROUTERS),
     pytest.mark.parametrize("compressor_name", TINY_COMPRESSORS),
@@ -35,12 +35,12 @@ def on_every_pair(test):
 
 def build(router_name: str, compressor_name: str, **options) -> Router:
     torch.manual_seed(0)
-    compressor = build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[compressor_name], DIM)
+    compressor = build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[compressor_name], DIM, TEXT_DIM)
     return build_part("router", ROUTERS, TINY_ROUTERS[router_name] | options, DIM, compressor).eval()
 
 
 def pooling(*factors: int):
-    return build_part("compressor", COMPRESSORS, {"type": "average_pool", "factors": list(factors)}, DIM)
+    return build_part("compressor", COMPRESSORS, {"type": "average_pool", "factors": list(factors)}, DIM, TEXT_DIM)
 
 
 def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0) -> VisionFeatures:
@@ -126,7 +126,7 @@ def test_autocast_on_the_cpu_does_not_change_the_decision(router_name, compresso
 def test_saved_weights_and_options_route_alike(router_name, compressor_name, tmp_path):
     router = build(router_name, compressor_name)
     save_file(router.state_dict(), tmp_path / "weights.safetensors")
-    compressor = build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[compressor_name], DIM)
+    compressor = build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[compressor_name], DIM, TEXT_DIM)
     again = build_part("router", ROUTERS, router.options, DIM, compressor).eval()
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert again.options == router.options
@@ -203,7 +203,7 @@ def test_feature_std_spends_nothing_extra_on_a_flat_view_and_all_on_noise():
 def test_feature_std_hand_computed_case():
     # one channel, one 2x2 window of 1 2 3 4: mean 2.5, biased variance 1.25
     patches = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
-    compressor = build_part("compressor", COMPRESSORS, {"type": "average_pool", "factors": [1, 2]}, 1)
+    compressor = build_part("compressor", COMPRESSORS, {"type": "average_pool", "factors": [1, 2]}, 1, TEXT_DIM)
     router = FeatureStdRouter(1, compressor)
     spread = router.window_spread(VisionFeatures(patches, (2, 2), None, torch.zeros(1, 3, 8, 8), (1,)))
     torch.testing.assert_close(spread, torch.tensor([[1.25**0.5]]))
