@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from peft import PeftModel
 from torch import nn
 
+from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
+
 
 ALL_LINEAR = "all-linear"
 
 _LANGUAGE_MODEL = "model.language_model"
-_VISUAL_PARTS = ("model.multi_modal_projector", "model.compressor", "model.router")
+_VISUAL_PARTS = tuple(f"model.{part}" for part in OWN_PARTS)
+_ROUTER = "model.router"  # chooses, and is trained on its own
 _VISION_TOWER = "model.vision_tower"
 
 
@@ -55,7 +58,7 @@ def language_model_targets(model: nn.Module, targets: str | Sequence[str] | None
 def fully_trained_modules(model: nn.Module, *, vision_tower: bool = False) -> list[str]:
     """Full names of the modules trained beside LoRA, for PEFT's `modules_to_save`.
 
-    The projector, and a compressor and router that have parameters meant to be trained.
+    The projector, and of fusion, compressor and router what has parameters meant to be trained.
 
     Args:
         model: An `AdaptiveLlavaForConditionalGeneration`.
@@ -71,9 +74,9 @@ def freeze_vision_tower(model: nn.Module) -> None:
 
 
 def trains_visual_parts(model: nn.Module) -> bool:
-    """Whether the projector and every compressor parameter are being trained, also inside a PEFT model."""
+    """Whether every parameter of projector, compressor and fusion is being trained, also inside a PEFT model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parts = [base.get_submodule(name) for name in _VISUAL_PARTS[:2] if _has_parameters(base, name)]
+    parts = [base.get_submodule(name) for name in _VISUAL_PARTS if name != _ROUTER and _has_parameters(base, name)]
     # under PEFT the trained copy stands beside the frozen original
     copies = [getattr(part, "modules_to_save", None) for part in parts]
     parts = [part if copy is None else copy for part, copy in zip(parts, copies, strict=True)]

@@ -45,6 +45,7 @@ from trl import (
 )
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
+from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 from adaptive_llava.training.collator import ConversationCollator
 from adaptive_llava.training.conversation_data import Rows, load_conversations
 from adaptive_llava.training.lora_targets import (
@@ -58,7 +59,7 @@ from adaptive_llava.training.merge import merge_adapter
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
-_NOT_QUANTISED = ("vision_tower", "multi_modal_projector", "compressor", "router", "lm_head")
+_NOT_QUANTISED = ("vision_tower", *OWN_PARTS, "lm_head")
 
 
 @dataclass
