@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from .compressor_base import averaging_weight
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .projector import AdaptiveLlavaProjector
 from .vision_tower_features import extract_features, input_size, unwrap_tower, vision_geometry
@@ -168,7 +169,7 @@ def _assemble(
 
 def _warm_start(built: Any, trained: Any) -> None:
     own, config = built.model.multi_modal_projector, built.config
-    new = [] if config.fusion_blocks is None or config.fusion_variant == "released" else ["multi_block_fusion"]
+    new = [] if config.fusion_starts_neutral else ["multi_block_fusion"]
     if own is None and not built.model.compressor.warm_start(trained):
         new.append("compressor")
     elif own is not None:
@@ -178,8 +179,7 @@ def _warm_start(built: Any, trained: Any) -> None:
     if new:
         config.compressor_trained = False
         logger.warning(
-            f"New weights in: {', '.join(new)}. Fine-tune the model before use; its projector, tower and language "
-            "model are the source's own."
+            f"New weights in: {', '.join(new)}. Fine-tune the model before use; everything else is the source's own."
         )
 
 
@@ -188,9 +188,7 @@ def _warm_start_projector(own: Any, trained: Any) -> None:
     weight = trained.linear_1.weight
     joined = own.linear_1.in_features // weight.shape[1]
     with torch.no_grad():
-        own.load_state_dict(
-            trained.state_dict() | {"linear_1.weight": weight.repeat_interleave(joined, dim=1) / joined}
-        )
+        own.load_state_dict(trained.state_dict() | {"linear_1.weight": averaging_weight(weight, joined)})
 
 
 def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:

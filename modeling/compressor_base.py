@@ -130,6 +130,34 @@ def patch_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor
     return patch_map.unflatten(2, (columns, window)).unflatten(1, (rows, window))
 
 
+def joined_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """Patches of whole square windows joined along the channels, channel slowest, then rows, then columns.
+
+    Args:
+        patches: `(V, height * width, dim)`.
+        grid: Patches per side, `(height, width)`.
+        window: Side of a window, in patches.
+
+    Returns:
+        `(V, rows * columns, dim * window * window)`.
+    """
+    # (V, rows, w, columns, w, dim) -> (V, rows, columns, dim, w, w) -> (V, rows * columns, dim * w * w)
+    return patch_windows(patches, grid, window).permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+
+
+def averaging_weight(weight: Tensor, positions: int) -> Tensor:
+    """Weight on joined windows that gives what `weight` gives on their means: each position gets its share.
+
+    Args:
+        weight: `(out, dim)`.
+        positions: Patches of a window.
+
+    Returns:
+        `(out, dim * positions)`.
+    """
+    return weight.repeat_interleave(positions, dim=1) / positions
+
+
 def window_means(windows: Tensor) -> Tensor:
     """Mean of every window: `(V, rows, window, columns, window, dim)` -> `(V, rows, columns, dim)`."""
     # as a channels-last picture, which pooling reads in one pass; `mean` over two split axes is many times slower

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .compressor_base import Compressor, patch_windows
+from .compressor_base import Compressor, joined_windows
 from .option_schema import whole_numbers
 from .visual_token_geometry import window_grid
 from .visual_tokens import VisionFeatures
@@ -39,6 +39,4 @@ class TokenConcatCompressor(Compressor):
         return window_grid(grid, self.window, strict=self.strict_tiling)
 
     def compress(self, features: VisionFeatures, rung: int) -> Tensor:
-        # (V, rows, w, columns, w, dim) -> (V, rows, columns, dim, w, w) -> (V, rows * columns, dim * w * w)
-        windows = patch_windows(features.patches, features.grid, self.window).permute(0, 1, 3, 5, 2, 4)
-        return windows.flatten(3).flatten(1, 2)
+        return joined_windows(features.patches, features.grid, self.window)

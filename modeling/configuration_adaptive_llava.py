@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
 from .compressor_registry import COMPRESSORS
-from .multi_block_fusion import MultiBlockFusion, check_fusion_blocks, default_fusion_blocks
+from .multi_block_fusion import MultiBlockFusion, block_index, check_fusion_blocks, default_fusion_blocks
 from .option_schema import build_part
 from .preset_table import preset_options
 from .router_base import Router
@@ -24,6 +24,7 @@ from .visual_token_geometry import visual_token_ladder
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
+    from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
@@ -55,7 +56,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         image_token_id: Id of the `<image>` placeholder.
         vision_feature_layer: Hidden state of the tower that is compressed; a list joins several on the channels.
         fusion_blocks: Hidden states that multi-block fusion joins into the features to compress, in place of
-            `vision_feature_layer`; `"default"` spreads them over the tower; `None`: no fusion.
+            `vision_feature_layer` alone; `"default"`: that layer and others spread over the tower; `None`: no fusion.
         fusion_variant: `"released"` or `"paper"`; see `multi_block_fusion.py`.
         projector_hidden_act: Activation between the projector's two layers.
         multimodal_projector_bias: Whether the projector's layers have biases.
@@ -106,7 +107,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.router = dict(router) if isinstance(router, Mapping) else router or {"type": "fixed"}
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
-        self.fusion_blocks = fusion_blocks
+        self.fusion_blocks: Any = fusion_blocks
         self.fusion_variant = fusion_variant
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
@@ -159,9 +160,18 @@ class AdaptiveLlavaConfig(PretrainedConfig):
     @property
     def feature_dim(self) -> int:
         """Width of the features that the compressor reads: all selected layers joined, or fused into one."""
-        one = self.fusion_blocks is not None or isinstance(self.vision_feature_layer, int)
-        layers = 1 if one else len(self.vision_feature_layer)
+        layer = self.vision_feature_layer
+        layers = 1 if isinstance(layer, int) or self.fusion_blocks is not None else len(layer)
         return layers * self.vision_feature_dim
+
+    @property
+    def fusion_starts_neutral(self) -> bool:
+        """Whether new multi-block fusion, if there is any, gives the features of `vision_feature_layer`."""
+        if self.fusion_blocks is None:
+            return True
+        layer: Any = self.vision_feature_layer  # one, beside fusion
+        selected = block_index(layer, self.vision_config.num_hidden_layers)
+        return self.fusion_variant == "released" and self.fusion_blocks[0] == selected
 
     @property
     def visual_token_counts(self) -> tuple[int, ...]:
@@ -198,7 +208,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
                 "Give one layer, or `fusion_blocks=None`."
             )
         default = isinstance(self.fusion_blocks, str) and self.fusion_blocks == "default"
-        blocks = default_fusion_blocks(layers) if default else self.fusion_blocks
+        blocks = default_fusion_blocks(layers, self.vision_feature_layer) if default else self.fusion_blocks
         self.fusion_blocks = check_fusion_blocks(blocks, layers)
 
     def to_dict(self) -> dict[str, Any]:

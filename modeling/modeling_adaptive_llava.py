@@ -1,7 +1,7 @@
 """LLaVA-style models that decide per image how many visual tokens to spend.
 
-Order of work: vision tower -> router -> resolve_rungs -> compressor -> projector -> splice -> language model ->
-gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
+Order of work: vision tower -> fusion -> router -> resolve_rungs -> compressor -> projector -> splice -> language model
+-> gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
     from .compressor_registry import COMPRESSORS  # noqa: F401
+    from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .option_schema import build_part  # noqa: F401
     from .preset_table import PRESETS  # noqa: F401
@@ -231,7 +232,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             )
         if fusion is None:
             return features
-        dtype = fusion.linear_1.weight.dtype  # the backbones may have been loaded in different precisions
+        dtype = fusion.linear_1.bias.dtype  # the backbones may have been loaded in different precisions
         states = {block: features.blocks[block].to(dtype) for block in fusion.blocks}
         return replace(features, patches=fusion(states))
 
@@ -592,8 +593,8 @@ class AdaptiveLlavaForConditionalGeneration(
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self.config.compressor_trained:
             logger.warning_once(
-                "This model's projector or compressor was never trained, so its answers mean nothing yet. Fine-tune "
-                "it, then set `model.config.compressor_trained = True`."
+                "This model's fusion, compressor or projector was never trained, so its answers mean nothing yet. "
+                "Fine-tune it, then set `model.config.compressor_trained = True`."
             )
         return super().generate(*args, **kwargs)
 

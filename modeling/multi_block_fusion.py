@@ -3,9 +3,9 @@
 Paper: Multi-Block Token Fusion of LLaVA-STF, https://arxiv.org/abs/2506.07138, section 3.2: two 1x1 convolutions over
 the joined blocks, widths 8C -> 4C -> C for 8 blocks. Such a convolution is a linear layer on each patch.
 Shapes: num_blocks x (V, height * width, dim) -> (V, height * width, dim)
-At the start the fused features are the first block's own: gelu(x) - gelu(-x) = x passes it through exactly.
+At the start the fused features are the first block's own: gelu(x) - gelu(-x) = x passes it through.
 Differs from the paper, as the authors' code does (`variant="released"`): no activation after the second layer, and the
-last source is hidden state L - 1 of L blocks, not L.
+first block is the selected layer, 23 of 24, where the paper has 24 (`vision_feature_layer=-1` gives the paper's list).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MultiBlockFusion(nn.Module):
         self.blocks = tuple(blocks)
         self.variant = variant
         joined = len(self.blocks) * dim
-        hidden = max(joined // 2, dim)
+        hidden = max(joined // 2, 2 * dim)  # the start needs two per channel; from four blocks on, half has them
         self.linear_1 = nn.Linear(joined, hidden)
         self.linear_2 = nn.Linear(hidden, dim)
         self.activation = nn.GELU()
@@ -46,10 +46,10 @@ class MultiBlockFusion(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Start as the first block: exactly with `variant="released"` and at least four blocks."""
-        dim = self.linear_2.out_features
-        if self.linear_1.out_features < 2 * dim or self.variant == "paper":
+        """Start as the first block; the paper's last activation leaves no such start, so that variant starts anew."""
+        if self.variant == "paper":
             return
+        dim = self.linear_2.out_features
         for layer in (self.linear_1, self.linear_2):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.linear_2.weight)
@@ -69,13 +69,18 @@ class MultiBlockFusion(nn.Module):
         return self.activation(fused) if self.variant == "paper" else fused
 
 
-def default_fusion_blocks(num_layers: int) -> list[int]:
-    """The blocks to fuse in a tower of `num_layers`: the last but one, then every eighth part, deep to shallow.
+def block_index(block: int, num_layers: int) -> int:
+    """Index of a hidden state counted from the embedding output, for one that may be counted from the end."""
+    return block + num_layers + 1 if block < 0 else block
 
-    For 24 layers these are the authors' own: 23, 21, 18, 15, 12, 9, 6, 3.
+
+def default_fusion_blocks(num_layers: int, selected: int = -2) -> list[int]:
+    """The blocks to fuse in a tower of `num_layers`: the selected layer, then every eighth part, deep to shallow.
+
+    For layer -2 of 24 these are the authors' own: 23, 21, 18, 15, 12, 9, 6, 3.
     """
     eighths = [round(part * num_layers / 8) for part in range(7, 0, -1)]
-    return list(dict.fromkeys(block for block in [num_layers - 1, *eighths] if block > 0))
+    return list(dict.fromkeys([block_index(selected, num_layers), *(block for block in eighths if block > 0)]))
 
 
 def check_fusion_blocks(blocks: Sequence[int], num_layers: int) -> list[int]:
@@ -87,7 +92,7 @@ def check_fusion_blocks(blocks: Sequence[int], num_layers: int) -> list[int]:
     listed = isinstance(blocks, (list, tuple)) and len(blocks) > 0
     if not listed or any(isinstance(b, bool) or not isinstance(b, int) for b in blocks):
         raise ValueError(f"`fusion_blocks={blocks!r}` must be 'default' or a non-empty list of hidden-state indices.")
-    counted = [block + num_layers + 1 if block < 0 else block for block in blocks]
+    counted = [block_index(block, num_layers) for block in blocks]
     if len(set(counted)) < len(counted) or any(not 0 <= block <= num_layers for block in counted):
         raise ValueError(
             f"`fusion_blocks={list(blocks)!r}` must be distinct hidden states of a tower with {num_layers} layers: 0 "

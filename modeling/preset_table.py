@@ -12,10 +12,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "random-pool": {"compressor": {"type": "average_pool", "factors": [1, 2, 3]}, "router": {"type": "random"}},
     "dfmr": {"compressor": {"type": "average_pool", "factors": [1, 2, 3]}, "router": {"type": "feature_std"}},
     "token-concat": {"compressor": {"type": "token_concat", "window": 2}, "router": {"type": "fixed"}},
+    "stf": {"compressor": {"type": "spatial_fusion", "window": 2}, "router": {"type": "fixed"}},
     "mbtf": {"compressor": {"type": "identity"}, "router": {"type": "fixed"}, "fusion_blocks": "default"},
+    "stf-mbtf": {
+        "compressor": {"type": "spatial_fusion", "window": 2},
+        "router": {"type": "fixed"},
+        "fusion_blocks": "default",
+    },
 }
 
-PRESET_ALIASES = {"llava-zip": "dfmr"}
+PRESET_ALIASES = {"llava-zip": "dfmr", "llava-stf": "stf-mbtf"}
 
 
 def preset_options(name: str) -> dict[str, Any]:

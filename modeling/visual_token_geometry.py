@@ -167,8 +167,14 @@ def _token_concat_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, .
     return (height * width,)
 
 
+def _spatial_fusion_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
+    (windows,) = _token_concat_ladder(options, grid)
+    return (windows * options["fused_tokens"],)
+
+
 _LADDERS: dict[str, Callable[[Mapping[str, Any], Grid], tuple[int, ...]]] = {
     "identity": _identity_ladder,
     "average_pool": _average_pool_ladder,
     "token_concat": _token_concat_ladder,
+    "spatial_fusion": _spatial_fusion_ladder,
 }

@@ -23,14 +23,15 @@ TINY_COMPRESSORS = {
     "identity": {"type": "identity"},
     "average_pool": {"type": "average_pool", "factors": [1, 2, 3]},
     "token_concat": {"type": "token_concat", "window": 2},
+    "spatial_fusion": {"type": "spatial_fusion", "window": 2, "fused_tokens": 2},
 }
 TINY_ROUTERS = {
     "fixed": {"type": "fixed"},
     "random": {"type": "random"},
     "feature_std": {"type": "feature_std"},
 }
-PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf"]
-PRESETS_TO_COME = ["stf", "stf-mbtf", "llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
+PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf", "stf", "stf-mbtf"]
+PRESETS_TO_COME = ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
 
 
 def tiny_vision_config(kind: str = "clip", image_size: int = 24):

@@ -11,8 +11,10 @@ from adaptive_llava.modeling.compressor_average_pool import AveragePoolCompresso
 from adaptive_llava.modeling.compressor_base import Compressor
 from adaptive_llava.modeling.compressor_identity import IdentityCompressor
 from adaptive_llava.modeling.compressor_registry import COMPRESSORS
+from adaptive_llava.modeling.compressor_spatial_fusion import SpatialFusionCompressor
 from adaptive_llava.modeling.compressor_token_concat import TokenConcatCompressor
 from adaptive_llava.modeling.option_schema import build_part
+from adaptive_llava.modeling.projector import AdaptiveLlavaProjector
 from adaptive_llava.modeling.visual_token_geometry import visual_token_ladder
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
 from tests.conftest import TINY_COMPRESSORS
@@ -22,12 +24,17 @@ pytestmark = pytest.mark.compat
 
 DIM, TEXT_DIM = 8, 12
 GRIDS = [(6, 6), (7, 5), (3, 8)]
-every_compressor = pytest.mark.parametrize("name", TINY_COMPRESSORS)
+CASES = TINY_COMPRESSORS | {
+    "spatial_fusion, paper": {"type": "spatial_fusion", "window": 2, "fused_tokens": 1, "variant": "paper"},
+    "spatial_fusion, paper, 4 tokens": {"type": "spatial_fusion", "window": 3, "fused_tokens": 4, "variant": "paper"},
+    "spatial_fusion, linear": {"type": "spatial_fusion", "window": 2, "fused_tokens": 1, "variant": "linear"},
+}
+every_compressor = pytest.mark.parametrize("name", CASES)
 
 
 def build(name: str) -> Compressor:
     torch.manual_seed(0)
-    return build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[name], DIM, TEXT_DIM).eval()
+    return build_part("compressor", COMPRESSORS, CASES[name], DIM, TEXT_DIM).eval()
 
 
 def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0, dim: int = DIM) -> VisionFeatures:
@@ -71,7 +78,7 @@ def test_forward_packs_each_view_at_its_own_rung_in_the_given_order(name):
     assert tokens.lengths == tuple(ladder[rung] for rung in rungs)
     pieces = tokens.values.split(tokens.lengths)
     for view, (rung, piece) in enumerate(zip(rungs, pieces, strict=True)):
-        assert torch.equal(piece, compressor.compress(views.select([view]), rung)[0])
+        torch.testing.assert_close(piece, compressor.compress(views.select([view]), rung)[0], rtol=0, atol=1e-6)
 
 
 @every_compressor
@@ -139,9 +146,18 @@ def test_saved_weights_and_options_give_the_same_bits(name, tmp_path):
 @every_compressor
 def test_options_written_out_build_the_same_compressor(name):
     compressor = build(name)
-    assert set(compressor.options) >= set(TINY_COMPRESSORS[name])
+    assert set(compressor.options) >= set(CASES[name])
     assert build_part("compressor", COMPRESSORS, compressor.options, DIM, TEXT_DIM).options == compressor.options
-    assert COMPRESSORS[name].type_name == name
+    assert compressor.type_name == CASES[name]["type"]
+
+
+@every_compressor
+def test_compressing_at_one_rung_is_one_graph(name):
+    compressor = build(name)
+    views = features(2)
+    for rung in range(compressor.num_rungs):
+        compiled = torch.compile(compressor.compress, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(views, rung), compressor.compress(views, rung), rtol=0, atol=1e-6)
 
 
 def test_identity_returns_the_patches_untouched():
@@ -197,6 +213,84 @@ def test_a_linear_layer_on_joined_windows_is_a_strided_convolution():
     torch.testing.assert_close(linear(joined), convolution(maps).flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
 
 
+def test_fusion_cuts_channels_into_groups_and_keeps_the_tokens_of_a_window_together():
+    # two channels, patch p holds (p, 100 + p) on a 2x4 grid; the layer adds up what it sees
+    patches = torch.stack([torch.arange(8.0), 100 + torch.arange(8.0)], dim=-1).unsqueeze(0)
+    views = VisionFeatures(patches, (2, 4), None, torch.zeros(1, 3, 8, 8), (1,))
+    fusion = SpatialFusionCompressor(2, 1, window=2, fused_tokens=2, variant="linear")
+    torch.nn.init.ones_(fusion.linear_1.weight)
+    torch.nn.init.zeros_(fusion.linear_1.bias)
+    expected = [0 + 1 + 4 + 5, 400 + 0 + 1 + 4 + 5, 2 + 3 + 6 + 7, 400 + 2 + 3 + 6 + 7]
+    assert fusion.compress(views, 0).flatten().tolist() == expected
+    assert fusion.grid_after((2, 4), 0) is None and fusion.ladder((2, 4)) == (4,)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("window", [2, 3])
+def test_the_papers_fusion_is_a_strided_convolution_and_two_pointwise_ones(grid, window):
+    torch.manual_seed(0)
+    fusion = SpatialFusionCompressor(DIM, TEXT_DIM, window=window, variant="paper")
+    joined = window * window * DIM
+    convolutions = [
+        torch.nn.Conv2d(DIM, joined, kernel_size=window, stride=window),
+        torch.nn.Conv2d(joined, TEXT_DIM, kernel_size=1),
+        torch.nn.Conv2d(TEXT_DIM, TEXT_DIM, kernel_size=1),
+    ]
+    layers = (fusion.convolution, fusion.linear_1, fusion.linear_2)
+    for convolution, layer in zip(convolutions, layers, strict=True):
+        convolution.load_state_dict({"weight": layer.weight.view_as(convolution.weight), "bias": layer.bias})
+    views = features(2, grid)
+    maps = views.patches.transpose(1, 2).unflatten(2, grid)
+    for convolution in convolutions:
+        maps = torch.nn.functional.gelu(convolution(maps))
+    torch.testing.assert_close(fusion.compress(views, 0), maps.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_the_released_fusion_has_the_widths_of_the_released_weights():
+    with torch.device("meta"):
+        fusion = SpatialFusionCompressor(1024, 4096)
+    assert fusion.ladder((24, 24)) == (144,) and fusion.grid_after((24, 24), 0) == (12, 12)
+    assert fusion.linear_1.weight.shape == (16384, 4096) and fusion.linear_2.weight.shape == (4096, 16384)
+
+
+@pytest.mark.parametrize(
+    ("options", "act"),
+    [
+        ({"variant": "linear"}, "gelu"),
+        ({"variant": "paper"}, "gelu"),
+        ({"fused_tokens": 2}, "gelu"),
+        ({"window": 1}, "gelu"),  # hidden layer of 32, the projector's has 40
+        ({}, "gelu_pytorch_tanh"),
+        ({}, "relu"),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_left_alone(options, act):
+    torch.manual_seed(0)
+    fusion = SpatialFusionCompressor(DIM, 40, **options)
+    before = {name: value.clone() for name, value in fusion.state_dict().items()}
+    assert fusion.warm_start(AdaptiveLlavaProjector(DIM, 40, hidden_act=act)) is False
+    assert all(torch.equal(value, before[name]) for name, value in fusion.state_dict().items())
+
+
+def test_a_projector_of_another_width_is_left_alone():
+    assert SpatialFusionCompressor(DIM, 40).warm_start(AdaptiveLlavaProjector(2 * DIM, 40)) is False
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("window", [2, 3])
+def test_fusion_takes_over_a_projector_behind_pooled_patches_and_can_still_learn(window, bias):
+    torch.manual_seed(0)
+    fusion = SpatialFusionCompressor(DIM, TEXT_DIM, window=window)
+    projector = AdaptiveLlavaProjector(DIM, TEXT_DIM, bias=bias)
+    assert fusion.warm_start(projector) is True
+    views = features(2)
+    pooled = AveragePoolCompressor(DIM, TEXT_DIM, factors=[window]).compress(views, 0)
+    tokens = fusion.compress(views, 0)
+    torch.testing.assert_close(tokens, projector(pooled), rtol=0, atol=1e-6)
+    tokens.square().sum().backward()
+    assert (fusion.linear_2.weight.grad.abs().sum(dim=0) > 0).all()  # also what feeds nothing yet
+
+
 @pytest.mark.parametrize(("factor", "tokens"), [(24, 1), (8, 9), (4, 36), (3, 64), (2, 144), (1, 576)])
 def test_pooling_equals_the_code_of_matryoshka_models(shared, factor, tokens):
     golden = load_file(shared / "golden" / "m3" / "avgpool_scales.safetensors")
@@ -215,6 +309,26 @@ def test_concatenation_orders_a_window_as_the_code_of_llava_stf(shared):
     assert torch.equal(joined, golden["output.windows"])
 
 
+def golden_fusion(golden, **options) -> SpatialFusionCompressor:
+    """A compressor with the authors' weights: `mm_projector` is `linear_1` and `linear_2` here."""
+    weights = {}
+    for name, value in golden.items():
+        if name.startswith("weight.mm_projector."):
+            *layer, kind = name.removeprefix("weight.mm_projector.").split(".")
+            weights[f"linear_{2 if layer == ['2'] else 1}.{kind}"] = value
+    fusion = SpatialFusionCompressor(8, 24, **options).eval()
+    fusion.load_state_dict(weights)
+    return fusion
+
+
+@pytest.mark.parametrize(("case", "variant"), [("stf_k2_m1", "released"), ("stf_k2_m1_linear", "linear")])
+def test_fusion_equals_the_code_of_llava_stf(shared, case, variant):
+    golden = load_file(shared / "golden" / "stf" / f"{case}.safetensors")
+    views = VisionFeatures(golden["input.features"], (8, 8), None, torch.zeros(2, 3, 8, 8), (1, 1))
+    tokens = golden_fusion(golden, variant=variant).compress(views, 0)
+    torch.testing.assert_close(tokens, golden["output.tokens"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,9 +342,19 @@ def test_concatenation_orders_a_window_as_the_code_of_llava_stf(shared):
         ({"type": "average_pool", "window": 2}, r"no option 'window'. Known options: factors, strict_tiling"),
         ({"type": "token_concat", "window": 0}, r"`compressor.window=\[0\]` must be"),
         ({"type": "token_concat", "window": "2"}, r"must be a non-empty list of whole numbers"),
+        ({"type": "spatial_fusion", "window": 0}, r"`compressor.window=\[0\]` must be"),
+        ({"type": "spatial_fusion", "fused_tokens": 0}, r"`compressor.fused_tokens=\[0\]` must be"),
+        ({"type": "spatial_fusion", "fused_tokens": 3}, r"=3` cannot cut the 8 channels .* Use a divisor of 8"),
+        (
+            {"type": "spatial_fusion", "variant": "mlp"},
+            r"`compressor.variant='mlp'` is unknown. Pass one of: released",
+        ),
         ({"type": "identity", "factors": [1]}, r"has no option 'factors'. Known options: none"),
-        ({"type": "pool"}, r"`compressor.type='pool'` is unknown. Known types: average_pool, identity, token_concat"),
-        ({"factors": [1]}, r"must be a dict with a 'type': one of average_pool, identity, token_concat"),
+        (
+            {"type": "pool"},
+            r"`compressor.type='pool'` is unknown. Known types: average_pool, identity, .*token_concat",
+        ),
+        ({"factors": [1]}, r"must be a dict with a 'type': one of average_pool, identity, .*token_concat"),
         ("average_pool", r"must be a dict with a 'type'"),
     ],
 )

@@ -48,6 +48,10 @@ def test_presets_of_the_design_are_here_or_listed_as_to_come():
         ("dfmr", (64, 144, 576), {"type": "feature_std", "windows": [3, 2], "thresholds": [0.05, 0.05]}),
         ("llava-zip", (64, 144, 576), {"type": "feature_std", "windows": [3, 2], "thresholds": [0.05, 0.05]}),
         ("token-concat", (144,), {"type": "fixed", "rung": -1}),
+        ("stf", (144,), {"type": "fixed", "rung": -1}),
+        ("mbtf", (576,), {"type": "fixed", "rung": -1}),
+        ("stf-mbtf", (144,), {"type": "fixed", "rung": -1}),
+        ("llava-stf", (144,), {"type": "fixed", "rung": -1}),
     ],
 )
 def test_a_preset_has_the_counts_and_options_of_its_paper(preset, counts, router):

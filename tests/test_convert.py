@@ -140,6 +140,12 @@ def test_token_concat_is_described_with_what_is_next(llava, tmp_path):
     assert "tokens       9 (rung 0) per image" in lines
 
 
+def test_fused_blocks_are_described(llava, tmp_path):
+    lines = describe(convert(llava, tmp_path / "ours", "stf-mbtf"))
+    assert "fusion       hidden states 2, 3, 1 of the vision tower (released)" in lines
+    assert "tokens       9 (rung 0) per image" in lines and not any("fine-tune" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [

@@ -514,7 +514,8 @@ def test_new_parts_have_storage_and_the_precision_of_the_language_model(preset):
     vision, text = tiny_tower("clip"), tiny_text().bfloat16()
     model = AdaptiveLlavaForConditionalGeneration.from_backbones(vision, text, preset, image_token_id=IMG)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    assert {parameter.dtype for parameter in model.model.multi_modal_projector.parameters()} == {torch.bfloat16}
+    own = [p for n, p in model.model.named_parameters() if not n.startswith("vision_tower.")]
+    assert {parameter.dtype for parameter in own} == {torch.bfloat16}
     with torch.no_grad():
         assert model(input_ids=IDS, pixel_values=tiny_images(2)).logits.isfinite().all()
 
@@ -640,12 +641,12 @@ def test_a_llava_may_be_given_as_a_folder(tmp_path):
 
 @pytest.mark.parametrize("layer", [-2, [-2, -1]])
 @pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("compressor", ["token_concat", "spatial_fusion"])
 @torch.no_grad()
-def test_joined_patches_start_as_their_exact_average(layer, window):
+def test_joined_patches_start_as_their_exact_average(compressor, layer, window):
     stock, pixels = stock_llava(vision_feature_layer=layer), tiny_images(2)
-    joined = AdaptiveLlavaForConditionalGeneration.from_llava(
-        stock, "token-concat", compressor={"type": "token_concat", "window": window}
-    )
+    joined = AdaptiveLlavaForConditionalGeneration.from_llava(stock, compressor={"type": compressor, "window": window})
+    assert joined.config.compressor_trained is True
     pooled = AdaptiveLlavaForConditionalGeneration.from_llava(
         stock, "avg-pool", compressor={"type": "average_pool", "factors": [window]}
     )
@@ -654,6 +655,38 @@ def test_joined_patches_start_as_their_exact_average(layer, window):
     assert (one.values - other.values).abs().max() <= 1e-5
     inputs = {"input_ids": IDS, "pixel_values": pixels}
     assert (joined(**inputs).logits - pooled(**inputs).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 1])
+@pytest.mark.parametrize(("fused", "plain"), [("mbtf", "llava"), ("stf-mbtf", "avg-pool")])
+@torch.no_grad()
+def test_fused_blocks_start_as_the_selected_layer(fused, plain, layer, tmp_path):
+    stock = stock_llava(vision_feature_layer=layer)
+    inputs = {"input_ids": IDS, "pixel_values": tiny_images(2)}
+    model = AdaptiveLlavaForConditionalGeneration.from_llava(stock, fused)
+    expected = AdaptiveLlavaForConditionalGeneration.from_llava(stock, plain)(**inputs).logits
+    assert (model(**inputs).logits - expected).abs().max() <= 1e-5
+    assert model.config.compressor_trained is True
+    model.save_pretrained(tmp_path)
+    again = AdaptiveLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("source", "preset", "fields", "named"),
+    [
+        ({}, "stf", {"compressor": {"type": "spatial_fusion", "variant": "paper"}}, "compressor"),
+        ({}, "stf", {"compressor": {"type": "spatial_fusion", "fused_tokens": 2}}, "compressor"),
+        ({"projector_hidden_act": "relu"}, "stf", {}, "compressor"),
+        ({}, "mbtf", {"fusion_variant": "paper"}, "multi_block_fusion"),
+        ({}, "mbtf", {"fusion_blocks": [3, 2, 1]}, "multi_block_fusion"),
+        ({"projector_hidden_act": "relu"}, "stf-mbtf", {"fusion_variant": "paper"}, "multi_block_fusion, compressor"),
+    ],
+)
+def test_parts_that_start_anew_are_named_and_recorded(source, preset, fields, named, caplog):
+    model = AdaptiveLlavaForConditionalGeneration.from_llava(stock_llava(**source), preset, **fields)
+    assert model.config.compressor_trained is False
+    assert f"New weights in: {named}. Fine-tune the model before use" in caplog.text
 
 
 def test_fields_override_those_of_the_converted_model():
@@ -680,5 +713,5 @@ def test_a_llava_whose_features_form_no_grid_is_refused(vision, strategy, messag
 def test_another_architecture_than_llava_is_refused():
     with pytest.raises(ValueError, match=r"`model` is a 'qwen2'; `from_llava` takes LLaVA-1.5"):
         AdaptiveLlavaForConditionalGeneration.from_llava(tiny_text())
-    with pytest.raises(ValueError, match=r"`preset='stf'` is unknown"):
-        AdaptiveLlavaForConditionalGeneration.from_llava(stock_llava(), "stf")
+    with pytest.raises(ValueError, match=r"`preset='LLaVA'` is unknown"):
+        AdaptiveLlavaForConditionalGeneration.from_llava(stock_llava(), "LLaVA")

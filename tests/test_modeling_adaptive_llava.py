@@ -519,13 +519,15 @@ def test_a_bf16_model_is_finite_and_near_full_precision(preset):
     assert largest((output.logits.float() - exact.logits)[mask.bool()]) <= 0.1 * scale
 
 
-def test_parts_of_different_precision_work_together():
+@pytest.mark.parametrize("preset", ["dfmr", "stf", "stf-mbtf"])
+def test_parts_of_different_precision_work_together(preset):
     # transformers 5 loads each backbone in the precision of its own checkpoint
-    model, pixels = tiny_model("dfmr"), tiny_images(1)
+    model, pixels = tiny_model(preset), tiny_images(1)
     inputs = {"input_ids": torch.tensor([[5, IMG, 6]]), "pixel_values": pixels}
     exact = model(**inputs)
-    for part in (model.model.multi_modal_projector, model.model.language_model, model.lm_head):
-        part.bfloat16()
+    for name, part in (*model.model.named_children(), ("lm_head", model.lm_head)):
+        if name != "vision_tower":
+            part.bfloat16()
     mixed = model(**inputs, visual_rungs=exact.visual_rungs)
     assert largest(mixed.logits.float() - exact.logits) <= 0.1 * largest(exact.logits)
 
@@ -566,7 +568,8 @@ def test_text_alone_in_training_touches_every_visual_parameter_with_weight_zero(
     ids = torch.tensor([[5, 6, 7]])
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
-    visual = [(n, p) for n, p in model.named_parameters() if "multi_modal_projector" in n or "compressor" in n]
+    own = ("multi_block_fusion", "compressor", "multi_modal_projector")
+    visual = [(n, p) for n, p in model.named_parameters() if any(part in n for part in own)]
     assert visual
     for name, parameter in visual:
         assert parameter.grad is not None and largest(parameter.grad) == 0, name

@@ -10,13 +10,14 @@ import transformers
 import trl
 from datasets import Dataset, Features, Image, List, Value
 from packaging.version import Version
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from trl import ModelConfig, SFTConfig
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.training.lora_targets import fully_trained_modules, language_model_targets
+from adaptive_llava.training.merge import merge_adapter
 from adaptive_llava.training.sft import build_trainer, main, parse_arguments
 from tests.conftest import BOS, tiny_model
 from tests.fresh_process import run_without_package
@@ -202,6 +203,54 @@ def test_every_parameter_that_should_move_moved_and_none_else(tmp_path, lora, to
             continue
         assert (name in moved) == expected, name
     assert model.config.compressor_trained is True
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("lora", [True, False])
+def test_fused_blocks_and_windows_are_trained_in_full_and_saved(tmp_path, lora):
+    base = save(tmp_path / "base", "stf-mbtf", compressor_trained=False)
+    model = AdaptiveLlavaForConditionalGeneration.from_pretrained(base)
+    trainer = train(model, tmp_path / "out", lora=lora)
+    own = ("model.multi_block_fusion.", "model.compressor.")
+    visual = {
+        n: p.detach().clone()
+        for n, p in trainer.model.named_parameters()
+        if p.requires_grad and any(o in n for o in own)
+    }
+    assert len(visual) == 8
+    trainer.train()
+    trained = dict(trainer.model.named_parameters())
+    assert not [name for name, before in visual.items() if torch.equal(trained[name], before)]
+    processor = tiny_processor(model)
+    expected = logits_of(trainer.model, processor)
+    trainer.save_model()
+    folder = merge_adapter(tmp_path / "out", tmp_path / "merged") if lora else tmp_path / "out"
+    again = AdaptiveLlavaForConditionalGeneration.from_pretrained(folder)
+    assert again.config.compressor_trained is True
+    assert (logits_of(again, processor) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.compat
+def test_an_adapter_that_left_a_visual_part_alone_does_not_count_as_its_training(tmp_path):
+    base = save(tmp_path / "base", "stf-mbtf", compressor_trained=False)
+    model = AdaptiveLlavaForConditionalGeneration.from_pretrained(base)
+    model.model.multi_block_fusion.requires_grad_(False)
+    trainer = train(model, tmp_path / "out", lora=True)
+    assert trainer.model.peft_config["default"].modules_to_save == ["model.compressor"]
+    trainer.save_model()
+    folder = merge_adapter(tmp_path / "out", tmp_path / "merged")
+    assert AdaptiveLlavaForConditionalGeneration.from_pretrained(folder).config.compressor_trained is False
+
+
+@pytest.mark.compat
+def test_layers_of_fusion_may_carry_lora_themselves(tmp_path):
+    model = tiny_model("stf-mbtf")
+    processor = tiny_processor(model)
+    before = logits_of(model, processor)
+    layers = "linear_1", "linear_2"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=list(layers)))
+    assert sum("lora_B" in name for name, _ in adapted.named_parameters()) == 4
+    assert (logits_of(adapted, processor) - before).abs().max() <= 1e-5
 
 
 @pytest.mark.compat

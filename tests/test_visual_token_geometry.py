@@ -38,6 +38,9 @@ ladders = st.lists(st.integers(1, 600), min_size=1, max_size=5).map(sorted)
         ({"type": "average_pool", "factors": [1, 2, 3]}, (7, 5), (2, 6, 35)),
         ({"type": "token_concat", "window": 2}, (24, 24), (144,)),
         ({"type": "token_concat", "window": 3}, (7, 5), (2,)),
+        ({"type": "spatial_fusion", "window": 2, "fused_tokens": 1}, (24, 24), (144,)),
+        ({"type": "spatial_fusion", "window": 5, "fused_tokens": 1}, (24, 24), (16,)),
+        ({"type": "spatial_fusion", "window": 4, "fused_tokens": 8}, (24, 27), (288,)),
     ],
 )
 def test_ladder_lists_the_counts_of_the_papers_and_of_odd_grids(options, grid, counts):
@@ -51,12 +54,17 @@ def test_every_registered_compressor_has_a_ladder_and_a_row_in_the_test_table():
 
 
 def test_ladder_of_an_unknown_compressor_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"`compressor.type='pool'`.*average_pool, identity, token_concat"):
+    with pytest.raises(ValueError, match=r"`compressor.type='pool'`.*average_pool, identity, .*token_concat"):
         visual_token_ladder({"type": "pool"}, (4, 4))
 
 
 @pytest.mark.parametrize(
-    "options", [{"type": "average_pool", "factors": [1, 5]}, {"type": "token_concat", "window": 5}]
+    "options",
+    [
+        {"type": "average_pool", "factors": [1, 5]},
+        {"type": "token_concat", "window": 5},
+        {"type": "spatial_fusion", "window": 5, "fused_tokens": 4},
+    ],
 )
 @pytest.mark.parametrize("grid", [(4, 24), (24, 4)])
 def test_a_window_larger_than_a_side_is_refused(options, grid):
@@ -65,7 +73,12 @@ def test_a_window_larger_than_a_side_is_refused(options, grid):
 
 
 @pytest.mark.parametrize(
-    "options", [{"type": "average_pool", "factors": [1, 2]}, {"type": "token_concat", "window": 2}]
+    "options",
+    [
+        {"type": "average_pool", "factors": [1, 2]},
+        {"type": "token_concat", "window": 2},
+        {"type": "spatial_fusion", "window": 2, "fused_tokens": 1},
+    ],
 )
 def test_strict_tiling_refuses_only_grids_with_patches_left_over(options):
     strict = options | {"strict_tiling": True}

@@ -75,10 +75,13 @@ def describe(model: AdaptiveLlavaForConditionalGeneration) -> list[str]:
         f"patch grid   {config.vision_grid[0]}x{config.vision_grid[1]}",
         "tokens       " + ", ".join(f"{count} (rung {rung})" for rung, count in enumerate(counts)) + " per image",
     ]
+    if config.fusion_blocks is not None:
+        blocks = ", ".join(map(str, config.fusion_blocks))
+        lines.insert(0, f"fusion       hidden states {blocks} of the vision tower ({config.fusion_variant})")
     if config.router["type"] == "feature_std":
         lines.append("next         choose thresholds for your images: python -m adaptive_llava calibrate --help")
     if not config.compressor_trained:
-        lines.append("next         fine-tune: projector or compressor have new weights")
+        lines.append("next         fine-tune: fusion, compressor or projector have new weights")
     return lines
 
 

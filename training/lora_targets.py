@@ -18,8 +18,8 @@ from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 ALL_LINEAR = "all-linear"
 
 _LANGUAGE_MODEL = "model.language_model"
-_VISUAL_PARTS = tuple(f"model.{part}" for part in OWN_PARTS)
 _ROUTER = "model.router"  # chooses, and is trained on its own
+_VISUAL_PARTS = tuple(name for name in (f"model.{part}" for part in OWN_PARTS) if name != _ROUTER)
 _VISION_TOWER = "model.vision_tower"
 
 
@@ -58,13 +58,13 @@ def language_model_targets(model: nn.Module, targets: str | Sequence[str] | None
 def fully_trained_modules(model: nn.Module, *, vision_tower: bool = False) -> list[str]:
     """Full names of the modules trained beside LoRA, for PEFT's `modules_to_save`.
 
-    The projector, and of fusion, compressor and router what has parameters meant to be trained.
+    Multi-block fusion, compressor, projector and router, as far as they have parameters meant to be trained.
 
     Args:
         model: An `AdaptiveLlavaForConditionalGeneration`.
         vision_tower: Train the vision tower too.
     """
-    names = [*_VISUAL_PARTS, *([_VISION_TOWER] if vision_tower else [])]
+    names = [*_VISUAL_PARTS, _ROUTER, *([_VISION_TOWER] if vision_tower else [])]
     return [name for name in names if _trainable(model, name)]
 
 
@@ -73,10 +73,15 @@ def freeze_vision_tower(model: nn.Module) -> None:
     model.get_submodule(_VISION_TOWER).requires_grad_(False)
 
 
+def visual_parts(model: nn.Module) -> list[str]:
+    """Full names of the modules that make visual tokens and have parameters."""
+    return [name for name in _VISUAL_PARTS if _has_parameters(model, name)]
+
+
 def trains_visual_parts(model: nn.Module) -> bool:
-    """Whether every parameter of projector, compressor and fusion is being trained, also inside a PEFT model."""
+    """Whether every parameter that makes visual tokens is being trained, also inside a PEFT model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parts = [base.get_submodule(name) for name in _VISUAL_PARTS if name != _ROUTER and _has_parameters(base, name)]
+    parts = [base.get_submodule(name) for name in visual_parts(base)]
     # under PEFT the trained copy stands beside the frozen original
     copies = [getattr(part, "modules_to_save", None) for part in parts]
     parts = [part if copy is None else copy for part, copy in zip(parts, copies, strict=True)]

@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
+from adaptive_llava.training.lora_targets import visual_parts
 from adaptive_llava.training.whole_folder import whole_folder
 
 
@@ -37,8 +38,9 @@ def merge_adapter(
             raise ValueError(f"The adapter {str(adapter)!r} does not name its base model. Pass `base`.")
         loading.setdefault("revision", config.revision)
         model = AdaptiveLlavaForConditionalGeneration.from_pretrained(str(base), **loading)
+        trained = set(visual_parts(model)) <= set(config.modules_to_save or ())
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        if "model.multi_modal_projector" in (config.modules_to_save or ()):
+        if trained:
             merged.config.compressor_trained = True
         merged.save_pretrained(folder)
         AdaptiveLlavaProcessor.from_pretrained(str(adapter)).save_pretrained(folder)
