@@ -24,11 +24,13 @@ from .visual_token_geometry import visual_token_ladder
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
+    from .compressor_query_resampler import QueryResamplerCompressor  # noqa: F401
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
+    from .sincos_positions import sincos_positions  # noqa: F401
     from .visual_tokens import VisionFeatures  # noqa: F401
 
 FORMAT = 1

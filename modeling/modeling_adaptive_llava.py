@@ -35,6 +35,7 @@ from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, res
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
+    from .compressor_query_resampler import QueryResamplerCompressor  # noqa: F401
     from .compressor_registry import COMPRESSORS  # noqa: F401
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .router_fixed import FixedRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
     from .router_registry import ROUTERS  # noqa: F401
+    from .sincos_positions import sincos_positions  # noqa: F401
     from .visual_token_geometry import visual_token_ladder  # noqa: F401
 
 logger = logging.get_logger(__name__)

@@ -162,6 +162,10 @@ def _average_pool_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, .
     return tuple(height * width for height, width in reversed(grids))
 
 
+def _query_resampler_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
+    return tuple(options["counts"])
+
+
 def _token_concat_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
     height, width = window_grid(grid, options["window"], strict=bool(options.get("strict_tiling", False)))
     return (height * width,)
@@ -175,6 +179,7 @@ def _spatial_fusion_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int,
 _LADDERS: dict[str, Callable[[Mapping[str, Any], Grid], tuple[int, ...]]] = {
     "identity": _identity_ladder,
     "average_pool": _average_pool_ladder,
+    "query_resampler": _query_resampler_ladder,
     "token_concat": _token_concat_ladder,
     "spatial_fusion": _spatial_fusion_ladder,
 }

@@ -19,11 +19,13 @@ from adaptive_llava import AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGener
 IMAGE_TOKEN, PAD, BOS, EOS = 99, 0, 1, 2
 
 # One row per compressor and router that obeys the laws; adding a method adds a row.
-TINY_COMPRESSORS = {
+TINY_COMPRESSORS: dict[str, dict] = {
     "identity": {"type": "identity"},
     "average_pool": {"type": "average_pool", "factors": [1, 2, 3]},
     "token_concat": {"type": "token_concat", "window": 2},
     "spatial_fusion": {"type": "spatial_fusion", "window": 2, "fused_tokens": 2},
+    "query_resampler": {"type": "query_resampler", "counts": [1, 4], "num_heads": 2},
+    "query_resampler_nested": {"type": "query_resampler", "counts": [1, 4], "num_heads": 2, "query_sets": "nested"},
 }
 TINY_ROUTERS = {
     "fixed": {"type": "fixed"},

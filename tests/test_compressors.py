@@ -50,7 +50,7 @@ def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0, dim: int
 
 def mixed_rungs(compressor: Compressor, views: int) -> list[int]:
     """Every rung occurs, out of order."""
-    return [(views - 1 - view) * 2 % compressor.num_rungs for view in range(views)]
+    return [(views - 1 - view) * 5 % compressor.num_rungs for view in range(views)]
 
 
 @every_compressor
@@ -108,6 +108,8 @@ def test_gradients_reach_the_patches_and_every_parameter(name):
     compressor(views, mixed_rungs(compressor, 6)).values.square().sum().backward()
     assert (views.patches.grad.abs().sum(dim=(1, 2)) > 0).all()
     for parameter_name, parameter in compressor.named_parameters():
+        if parameter_name == "k_proj.bias":  # the same for all keys: softmax does not see it
+            continue
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
@@ -148,7 +150,7 @@ def test_options_written_out_build_the_same_compressor(name):
     compressor = build(name)
     assert set(compressor.options) >= set(CASES[name])
     assert build_part("compressor", COMPRESSORS, compressor.options, DIM, TEXT_DIM).options == compressor.options
-    assert compressor.type_name == CASES[name]["type"]
+    assert COMPRESSORS[compressor.type_name] is type(compressor)
 
 
 @every_compressor

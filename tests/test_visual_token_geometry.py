@@ -41,6 +41,8 @@ ladders = st.lists(st.integers(1, 600), min_size=1, max_size=5).map(sorted)
         ({"type": "spatial_fusion", "window": 2, "fused_tokens": 1}, (24, 24), (144,)),
         ({"type": "spatial_fusion", "window": 5, "fused_tokens": 1}, (24, 24), (16,)),
         ({"type": "spatial_fusion", "window": 4, "fused_tokens": 8}, (24, 27), (288,)),
+        ({"type": "query_resampler", "counts": [1, 256]}, (24, 24), (1, 256)),
+        ({"type": "query_resampler", "counts": [1, 4]}, (3, 7), (1, 4)),
     ],
 )
 def test_ladder_lists_the_counts_of_the_papers_and_of_odd_grids(options, grid, counts):
@@ -48,7 +50,7 @@ def test_ladder_lists_the_counts_of_the_papers_and_of_odd_grids(options, grid, c
 
 
 def test_every_registered_compressor_has_a_ladder_and_a_row_in_the_test_table():
-    assert set(TINY_COMPRESSORS) == set(COMPRESSORS)
+    assert {options["type"] for options in TINY_COMPRESSORS.values()} == set(COMPRESSORS)
     for options in TINY_COMPRESSORS.values():
         assert all(count > 0 for count in visual_token_ladder(options, (6, 6)))
 
