@@ -17,7 +17,7 @@ from .option_schema import build_part
 from .preset_table import preset_options
 from .router_base import Router
 from .router_registry import ROUTERS
-from .vision_tower_features import vision_geometry
+from .vision_tower_features import has_class_token, vision_geometry
 from .visual_token_geometry import visual_token_ladder
 
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_query_resampler import QueryResamplerCompressor  # noqa: F401
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
+    from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
@@ -67,6 +68,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         vision_grid: Patches per side of an image, `[height, width]`; like `vision_feature_dim`.
         compressor_trained: False while the compressor or projector has weights that were never trained.
         calibration: Where the router's thresholds come from, written by `calibrate`.
+        router_training: How a learned router was trained, written by `train_router`; `None` while it was not.
         code_repository: Hub id of a repository that holds the remote code; `None` writes it beside the weights.
         adaptive_llava_format: Version of this schema.
 
@@ -93,6 +95,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         vision_grid: list[int] | None = None,
         compressor_trained: bool = True,
         calibration: dict[str, Any] | None = None,
+        router_training: dict[str, Any] | None = None,
         code_repository: str | None = None,
         adaptive_llava_format: int = FORMAT,
         **kwargs: Any,
@@ -117,6 +120,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.vision_grid = vision_grid
         self.compressor_trained = compressor_trained
         self.calibration = calibration
+        self.router_training = router_training
         self.code_repository = code_repository
         self.adaptive_llava_format = adaptive_llava_format
         self.check_options()
@@ -133,7 +137,12 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         Raises:
             ValueError: Unknown preset; the known ones are listed.
         """
-        return cls(**(preset_options(preset) | fields))
+        fields = preset_options(preset) | fields
+        router = fields["router"]
+        if isinstance(router, Mapping) and router.get("type") == "classifier" and "features" not in router:
+            tower = _sub_config(fields.get("vision_config"), _DEFAULT_VISION)
+            fields["router"] = {**router, "features": "cls" if has_class_token(tower) else "mean"}
+        return cls(**fields)
 
     def check_options(self) -> None:
         """Fill in every option's default and refuse what does not fit.
@@ -158,6 +167,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         grid = (self.vision_grid[0], self.vision_grid[1])
         compressor.ladder(grid)
         router.check_grid(grid)
+        self._check_router_inputs(router)
 
     @property
     def feature_dim(self) -> int:
@@ -212,6 +222,20 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         default = isinstance(self.fusion_blocks, str) and self.fusion_blocks == "default"
         blocks = default_fusion_blocks(layers, self.vision_feature_layer) if default else self.fusion_blocks
         self.fusion_blocks = check_fusion_blocks(blocks, layers)
+
+    def _check_router_inputs(self, router: Router) -> None:
+        kind, layers = self.vision_config.model_type, getattr(self.vision_config, "num_hidden_layers", None)
+        if router.needs_class_token and not has_class_token(self.vision_config):
+            raise ValueError(
+                f"`router={self.router!r}` reads the [CLS] state, and {kind!r} towers have none. Set its 'features' "
+                "to 'mean'."
+            )
+        beyond = [block for block in router.needs_blocks if layers and not -layers - 1 <= block <= layers]
+        if beyond:
+            raise ValueError(
+                f"`router={self.router!r}` reads hidden states {beyond}, and this tower of {layers} layers has 0 to "
+                f"{layers}, or -1 to -{layers + 1} from the end."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

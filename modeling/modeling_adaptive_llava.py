@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .option_schema import build_part  # noqa: F401
     from .preset_table import PRESETS  # noqa: F401
+    from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
@@ -125,6 +126,9 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
                 f"The checkpoint's tensors do not fit its config: {error}\nIf the compressor or its options were "
                 "changed, start from the original model with `from_llava(..., preset=...)` instead."
             ) from error
+        for part in model.modules():
+            if isinstance(part, Router):
+                part.requires_grad_(False)  # as built: transformers makes every loaded weight trainable
         missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in OWN_PARTS))
         if missing:
             raise ValueError(
@@ -173,6 +177,11 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
+
+    @property
+    def has_untrained_router(self) -> bool:
+        """Whether the router learns, and nothing has trained it yet."""
+        return self.config.router_training is None and any(True for _ in self.router.parameters())
 
     def train(self, mode: bool = True) -> AdaptiveLlavaModel:
         super().train(mode)
@@ -487,9 +496,20 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         else:
             dtype = next(self.vision_tower.parameters()).dtype
             patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)
-            features = VisionFeatures(patches, (height, width), patches[:, 0], patches.new_zeros(1, 3, 1, 1), (1,))
-        encoded = self._compress(features, self.router(features), [self.compressor.num_rungs - 1])
-        return (encoded.values * 0).sum().to(text)  # each value first: their sum may overflow
+            state = patches[..., : self.config.vision_feature_dim]
+            features = VisionFeatures(
+                patches,
+                (height, width),
+                cls=state[:, 0],
+                pixels=patches.new_zeros(1, 3, 1, 1),
+                views_per_image=(1,),
+                blocks=dict.fromkeys(self.router.needs_blocks, state),
+                layer_cls=patches[:, 0],
+            )
+        routing = self.router(features)
+        encoded = self._compress(features, routing, [self.compressor.num_rungs - 1])
+        unused = (encoded.values * 0).sum()  # each value first: their sum may overflow
+        return (unused if routing.logits is None else unused + (routing.logits * 0).sum()).to(text)
 
 
 class AdaptiveLlavaForConditionalGeneration(
@@ -597,6 +617,11 @@ class AdaptiveLlavaForConditionalGeneration(
             logger.warning_once(
                 "This model's fusion, compressor or projector was never trained, so its answers mean nothing yet. "
                 "Fine-tune it, then set `model.config.compressor_trained = True`."
+            )
+        if self.model.has_untrained_router and kwargs.get("visual_token_budget") in (None, "auto"):
+            logger.warning_once(
+                "This model's router was never trained and gives every image the most tokens. Train it with "
+                "`python -m adaptive_llava train_router`, or pass `visual_token_budget`."
             )
         return super().generate(*args, **kwargs)
 

@@ -18,6 +18,7 @@ class Router(nn.Module):
     Attributes:
         type_name: Name in the registry and in `AdaptiveLlavaConfig.router`.
         needs_blocks: Indices of the tower's hidden states it reads besides the selected layer.
+        needs_class_token: Whether it reads a [CLS] state.
 
     Args:
         dim: Width of one hidden state of the vision tower.
@@ -26,6 +27,7 @@ class Router(nn.Module):
 
     type_name: str
     needs_blocks: tuple[int, ...] = ()
+    needs_class_token: bool = False
 
     def __init__(self, dim: int, compressor: Compressor):
         super().__init__()

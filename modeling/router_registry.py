@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .router_base import Router
+from .router_classifier import ClassifierRouter
 from .router_feature_std import FeatureStdRouter
 from .router_fixed import FixedRouter
 from .router_random import RandomRouter
@@ -12,4 +13,5 @@ ROUTERS: dict[str, type[Router]] = {
     "fixed": FixedRouter,
     "random": RandomRouter,
     "feature_std": FeatureStdRouter,
+    "classifier": ClassifierRouter,
 }

@@ -31,6 +31,11 @@ def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | N
     return width, (height // patch_height, width_px // patch_width)
 
 
+def has_class_token(config: PretrainedConfig) -> bool:
+    """Whether a tower has a [CLS] token, as far as its config tells: not SigLIP, and no convolutional tower."""
+    return vision_geometry(config) is not None and not config.model_type.startswith("siglip")
+
+
 def input_size(tower: Any) -> tuple[int, int]:
     """Height and width of the images a tower was made for, in pixels; 224 where its config does not tell."""
     return _pair(getattr(tower.config, "image_size", 224))
@@ -58,9 +63,8 @@ def extract_features(
     layers = [layer] if isinstance(layer, int) else list(layer)
     for index in [*layers, *blocks]:
         if not -len(states) <= index < len(states):
-            raise ValueError(
-                f"`vision_feature_layer={layer!r}` is not there: this tower has hidden states 0 to {len(states) - 1}."
-            )
+            asked = f"`vision_feature_layer={layer!r}`" if index in layers else f"Block {index} of {list(blocks)}"
+            raise ValueError(f"{asked} is not there: this tower has hidden states 0 to {len(states) - 1}.")
     last = states[layers[0]]
     if last.dim() == 4:
         grid, prefix = tuple(last.shape[-2:]), 0

@@ -31,6 +31,7 @@ TINY_ROUTERS = {
     "fixed": {"type": "fixed"},
     "random": {"type": "random"},
     "feature_std": {"type": "feature_std"},
+    "classifier": {"type": "classifier", "blocks": [1]},
 }
 PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf", "stf", "stf-mbtf"]
 PRESETS_TO_COME = ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]

@@ -83,7 +83,10 @@ def test_fields_override_a_preset():
         ({"compressor": {"type": "average_pool", "factor": 2}}, r"no option 'factor'. Known options: factors"),
         ({"compressor": "average_pool"}, r"`compressor='average_pool'` must be a dict with a 'type'"),
         ({"compressor": {"factors": [2]}}, r"must be a dict with a 'type'"),
-        ({"router": {"type": "entropy"}}, r"`router.type='entropy'` is unknown. Known types: feature_std, fixed"),
+        (
+            {"router": {"type": "entropy"}},
+            r"`router.type='entropy'` is unknown. Known types: classifier, feature_std, fixed",
+        ),
         ({"router": {"type": "fixed", "rank": 1}}, r"`router` of type 'fixed' has no option 'rank'"),
         ({"router": ["fixed"]}, r"`router=\['fixed'\]` must be a dict"),
         ({"router": {"type": "fixed", "rung": 1}}, r"`router.rung=1` is no rung of a compressor with 1"),

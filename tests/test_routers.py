@@ -36,7 +36,11 @@ def on_every_pair(test):
 def build(router_name: str, compressor_name: str, **options) -> Router:
     torch.manual_seed(0)
     compressor = build_part("compressor", COMPRESSORS, TINY_COMPRESSORS[compressor_name], DIM, TEXT_DIM)
-    return build_part("router", ROUTERS, TINY_ROUTERS[router_name] | options, DIM, compressor).eval()
+    router = build_part("router", ROUTERS, TINY_ROUTERS[router_name] | options, DIM, compressor).eval()
+    with torch.no_grad():
+        for parameter in router.parameters():  # a learned one starts the same for every view
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return router
 
 
 def pooling(*factors: int):
@@ -54,6 +58,8 @@ def features(views: int, grid: tuple[int, int] = (6, 6), seed: int = 0) -> Visio
         cls=torch.randn(views, DIM, generator=generator),
         pixels=torch.randn(views, 3, 8, 8, generator=generator),
         views_per_image=(1,) * views,
+        blocks={1: torch.randn(views, grid[0] * grid[1], DIM, generator=generator)},
+        layer_cls=torch.randn(views, DIM, generator=generator),
     )
 
 
@@ -92,7 +98,7 @@ def test_no_views_are_routed_to_nothing(router_name, compressor_name):
 
 @on_every_pair
 def test_every_parameter_gets_a_gradient(router_name, compressor_name):
-    router = build(router_name, compressor_name).train()
+    router = build(router_name, compressor_name).train().requires_grad_(True)
     routing = router(features(4))
     learned = list(router.named_parameters())
     assert bool(learned) == (routing.logits is not None)
@@ -107,7 +113,8 @@ def test_every_parameter_gets_a_gradient(router_name, compressor_name):
 def test_half_precision_scores_are_finite_fp32(router_name, compressor_name, dtype):
     router = build(router_name, compressor_name).to(dtype)
     views = features(5)
-    routing = router(replace(views, patches=views.patches.to(dtype), cls=views.cls.to(dtype)))
+    blocks = {1: views.blocks[1].to(dtype)}
+    routing = router(replace(views, patches=views.patches.to(dtype), cls=views.cls.to(dtype), blocks=blocks))
     assert routing.scores.dtype == torch.float32 and routing.scores.isfinite().all()
     torch.testing.assert_close(routing.scores, build(router_name, compressor_name)(views).scores, rtol=0, atol=0.02)
 
@@ -227,7 +234,10 @@ def test_feature_std_on_a_compressor_with_one_count_has_nothing_to_decide():
         ({"windows": [2]}, r"`router.windows=\[2\]` must be a list of 2"),
         ({"windows": [3, 1]}, r"whole numbers >= 2"),
         ({"window": 2}, r"`router` of type 'feature_std' has no option 'window'. Known options: windows, thresholds"),
-        ({"type": "entropy"}, r"`router.type='entropy'` is unknown. Known types: feature_std, fixed, random"),
+        (
+            {"type": "entropy"},
+            r"`router.type='entropy'` is unknown. Known types: classifier, feature_std, fixed, random",
+        ),
     ],
 )
 def test_options_that_make_no_router_are_refused(options, message):
