@@ -20,27 +20,27 @@ from transformers.utils import logging
 
 from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
 from .code_files import copy_code
-from .compressor_base import Compressor
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
-from .multi_block_fusion import MultiBlockFusion
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .projector import AdaptiveLlavaProjector
-from .router_base import Router
 from .vision_tower_features import extract_features, input_size, unwrap_tower
 from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
 
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
+    from .compressor_base import Compressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
     from .compressor_query_resampler import QueryResamplerCompressor  # noqa: F401
     from .compressor_registry import COMPRESSORS  # noqa: F401
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
+    from .multi_block_fusion import MultiBlockFusion  # noqa: F401
     from .option_schema import build_part  # noqa: F401
     from .preset_table import PRESETS  # noqa: F401
+    from .router_base import Router  # noqa: F401
     from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
@@ -107,8 +107,13 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Compressor, Router, MultiBlockFusion)):
+        # by name: as remote code, the config brings classes of its own copy of these files
+        if hasattr(module, "initialise"):
             module.initialise()  # last: transformers has visited the layers inside
+
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        # not as "custom code", of which transformers 5 passes over all modules that only hold other modules
+        super()._initialize_weights(module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -126,9 +131,7 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
                 f"The checkpoint's tensors do not fit its config: {error}\nIf the compressor or its options were "
                 "changed, start from the original model with `from_llava(..., preset=...)` instead."
             ) from error
-        for part in model.modules():
-            if isinstance(part, Router):
-                part.requires_grad_(False)  # as built: transformers makes every loaded weight trainable
+        model.base_model.router.requires_grad_(False)  # as built: transformers makes every loaded weight trainable
         missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in OWN_PARTS))
         if missing:
             raise ValueError(

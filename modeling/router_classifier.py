@@ -124,11 +124,13 @@ class ClassifierRouter(Router):
         if self.num_rungs == 1:
             return Routing(torch.zeros(views, dtype=torch.long, device=device), torch.zeros(views, device=device))
         with torch.autocast(device.type, enabled=False):
-            hidden = self.activation(self.linear_1(self.inputs(features).to(self.linear_1.weight.dtype)))
-            logits = self.linear_2(hidden).float()
-            if self.num_rungs == 2:
-                logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)  # softmax of (0, z) = sigmoid of z
-            return self.decide(logits)
+            return self.decide(self.logits(self.inputs(features)))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The network, `(V, input_dim)` -> fp32 `(V, num_rungs)`; for two rungs `(0, z)`, P(document) = sigmoid z."""
+        hidden = self.activation(self.linear_1(inputs.to(self.linear_1.weight.dtype)))
+        logits = self.linear_2(hidden).float()
+        return torch.cat([torch.zeros_like(logits), logits], dim=-1) if self.num_rungs == 2 else logits
 
     def decide(self, logits: Tensor) -> Routing:
         """The choice that follows from fp32 logits `(V, num_rungs)`."""

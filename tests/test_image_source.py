@@ -184,3 +184,26 @@ def test_a_dataset_of_the_hub_is_streamed(dataset, monkeypatch):
     source = open_images("some/dataset", split="validation", limit=2)
     assert asked == {"name": "some/dataset", "split": "validation", "streaming": True}
     assert (source.name, [name for name, _ in source]) == ("some/dataset", ["some/dataset[0]", "some/dataset[1]"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("some.jsonl", '{"image": "z.png"}\n{"images": ["b/c.jpg", "z.png"]}'),
+        ("some.json", '[{"file": "z.png"}, {"images": ["b/c.jpg", "z.png"], "label": 1}]'),
+    ],
+)
+def test_a_listing_is_read_by_its_own_name(folder, name, content):
+    (folder / name).write_text(content)
+    source = open_images(folder / name)
+    assert source.name == "some" and [name for name, _ in source] == ["z.png", "b/c.jpg", "z.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is no JSON"), ("{}", "holds no list of objects, but a dict"), ('[{"text": 1}]', "Entry 0 of .*some.json")],
+)
+def test_a_listing_of_something_else_is_refused(folder, content, message):
+    (folder / "some.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_images(folder / "some.json")

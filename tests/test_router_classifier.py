@@ -17,6 +17,7 @@ from adaptive_llava.modeling.vision_tower_features import has_class_token
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
 from adaptive_llava.training.lora_targets import fully_trained_modules
 from tests.conftest import IMAGE_TOKEN, tiny_images, tiny_model, tiny_text_config, tiny_vision_config
+from tests.fresh_process import run_without_package
 
 
 pytestmark = pytest.mark.compat
@@ -255,3 +256,23 @@ def test_generating_with_an_untrained_router_warns_once_unless_a_budget_or_train
         model.generate(**arguments)
     assert caplog.text.count("router was never trained and gives every image the most tokens") == 1
     logging.warning_once.cache_clear()
+
+
+def test_a_model_from_its_config_starts_like_its_parts():
+    model = tiny_model(**POOLED, fusion_blocks=[0, 1, 2, 3], router={"type": "classifier"})
+    fresh = AdaptiveLlavaForConditionalGeneration(model.config).model
+    assert fresh.router.linear_2.bias.tolist() == [1.0] and fresh.router.linear_2.weight.abs().sum() == 0
+    assert fresh.multi_block_fusion.linear_2.weight.count_nonzero() == 2 * 32
+
+
+def test_start_values_are_the_same_as_remote_code(tmp_path):
+    tiny_model(**POOLED, router={"type": "classifier"}).save_pretrained(tmp_path / "model")
+    code = """
+import sys
+from transformers import AutoConfig, AutoModelForImageTextToText
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+router = AutoModelForImageTextToText.from_config(config, trust_remote_code=True).model.router
+print(router.linear_2.weight.abs().sum().item(), router.linear_2.bias.tolist(), router.linear_1.weight.requires_grad)
+"""
+    said = run_without_package(code, tmp_path / "model", folder=tmp_path)
+    assert said.splitlines()[-1] == "0.0 [1.0] False"

@@ -49,8 +49,9 @@ def open_images(
 
     Args:
         data: A folder of images (searched with its sub-folders, sorted); a folder with `manifest.jsonl`, whose lines
-            name a `"file"` relative to it; a dataset folder written by `save_to_disk`; `*.parquet` or a folder of
-            them; or a dataset id on the Hub, which is streamed.
+            name a `"file"` (or `"image"`, or a list of `"images"`) relative to it; any such `*.jsonl`, or a `*.json`
+            list, by its own name; a dataset folder written by `save_to_disk`; `*.parquet` or a folder of them; or a
+            dataset id on the Hub, which is streamed.
         split: Split of a dataset.
         limit: Stop after this many images.
         column: Column of a dataset that holds an image, or a list of images, per row; found by its type if left out.
@@ -65,9 +66,15 @@ def open_images(
     if path.is_dir():
         source = _from_folder(path, split, column)
     elif path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{path} is a single file. Pass a folder of images, a *.parquet file or a dataset id.")
-        source = _from_parquet(path, [path], split, column)
+        if path.suffix in (".jsonl", ".json"):
+            source = _from_files(path.stem, path.parent, _listed_files(path))
+        elif path.suffix == ".parquet":
+            source = _from_parquet(path, [path], split, column)
+        else:
+            raise ValueError(
+                f"{path} is a single file. Pass a folder of images, a *.jsonl, *.json or *.parquet file, or a dataset "
+                "id."
+            )
     else:
         source = _from_hub(str(data), split, column)
     if limit is None:
@@ -79,7 +86,7 @@ def open_images(
 def _from_folder(folder: Path, split: str, column: str | None) -> ImageSource:
     name = folder.resolve().name
     if (folder / "manifest.jsonl").is_file():
-        return _from_files(name, folder, _manifest_files(folder))
+        return _from_files(name, folder, _listed_files(folder / "manifest.jsonl"))
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _from_saved_dataset(name, folder, split, column)
     Image.init()
@@ -97,22 +104,36 @@ def _from_folder(folder: Path, split: str, column: str | None) -> ImageSource:
     )
 
 
-def _manifest_files(folder: Path) -> list[Path]:
-    manifest = folder / "manifest.jsonl"
-    files = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            files.append(Path(json.loads(line)["file"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'Line {number} of {manifest} is no JSON object with a "file" entry, the image\'s path relative to '
-                "the manifest."
-            ) from error
+def _listed_files(listing: Path) -> list[Path]:
+    text = listing.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text) if listing.suffix == ".json" else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{listing} is no JSON: {error}") from error
+    if entries is None:
+        rows = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        files = [file for number, line in rows for file in _files_of(line, f"Line {number} of {listing}")]
+    else:
+        if not isinstance(entries, list):
+            raise ValueError(f"{listing} holds no list of objects, but a {type(entries).__name__}.")
+        files = [
+            file for number, entry in enumerate(entries) for file in _files_of(entry, f"Entry {number} of {listing}")
+        ]
     if not files:
-        raise ValueError(f"{manifest} lists no images.")
+        raise ValueError(f"{listing} lists no images.")
     return files
+
+
+def _files_of(entry: Any, where: str) -> list[Path]:
+    try:
+        entry = json.loads(entry) if isinstance(entry, str) else entry
+        named = next(entry[key] for key in ("file", "image", "images") if key in entry)
+        return [Path(file) for file in (named if isinstance(named, list) else [named])]
+    except (json.JSONDecodeError, TypeError, StopIteration) as error:
+        raise ValueError(
+            f'{where} is no JSON object with a "file" entry (or "image", "images"), the image\'s path relative to the '
+            "listing."
+        ) from error
 
 
 def _from_files(name: str, folder: Path, files: list[Path]) -> ImageSource:
