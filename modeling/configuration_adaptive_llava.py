@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
+    from .router_pixel_std import PixelStdRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
+    from .router_window_spread import WindowSpreadRouter  # noqa: F401
     from .sincos_positions import sincos_positions  # noqa: F401
     from .visual_tokens import VisionFeatures  # noqa: F401
 

@@ -44,8 +44,10 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
+    from .router_pixel_std import PixelStdRouter  # noqa: F401
     from .router_random import RandomRouter  # noqa: F401
     from .router_registry import ROUTERS  # noqa: F401
+    from .router_window_spread import WindowSpreadRouter  # noqa: F401
     from .sincos_positions import sincos_positions  # noqa: F401
     from .visual_token_geometry import visual_token_ladder  # noqa: F401
 
@@ -244,6 +246,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 self.config.vision_feature_layer,
                 sorted(blocks),
             )
+        # a router that reads pixels must see what the processor saw, not what the tower's precision leaves of it
+        features = replace(features, pixels=pixel_values.to(parameter.device))
         if fusion is None:
             return features
         dtype = fusion.linear_1.bias.dtype  # the backbones may have been loaded in different precisions
@@ -504,7 +508,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 patches,
                 (height, width),
                 cls=state[:, 0],
-                pixels=patches.new_zeros(1, 3, 1, 1),
+                pixels=patches.new_zeros(1, 3, height, width),
                 views_per_image=(1,),
                 blocks=dict.fromkeys(self.router.needs_blocks, state),
                 layer_cls=patches[:, 0],

@@ -6,6 +6,7 @@ from .router_base import Router
 from .router_classifier import ClassifierRouter
 from .router_feature_std import FeatureStdRouter
 from .router_fixed import FixedRouter
+from .router_pixel_std import PixelStdRouter
 from .router_random import RandomRouter
 
 
@@ -14,4 +15,5 @@ ROUTERS: dict[str, type[Router]] = {
     "random": RandomRouter,
     "feature_std": FeatureStdRouter,
     "classifier": ClassifierRouter,
+    "pixel_std": PixelStdRouter,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .visual_token_geometry import check_rungs, highest_rung, rungs_for_budget, share_total
+from .visual_token_geometry import BUDGET_FORMS, check_rungs, rungs_for_budget, rungs_for_mapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class VisionFeatures:
         cls: Final [CLS] state after the tower's last norm, `(V, tower_dim)`; `None` where the tower has none.
         layer_cls: [CLS] state of the selected layer, `(V, dim of the selected layers)`; `None` like `cls`.
         blocks: Hidden states asked for by a router's or fusion's `needs_blocks`.
-        pixels: Images as the tower saw them, `(V, 3, height, width)`.
+        pixels: Images the tower saw, `(V, 3, height, width)`, as precise as they were given.
         views_per_image: Views of each image, as host integers.
     """
 
@@ -116,11 +116,17 @@ def resolve_rungs(
     if isinstance(budget, Tensor):
         budget = budget.tolist()
     if isinstance(budget, Mapping):
-        return _resolve_mapping(budget, routing, ladder, views_per_image, images_per_prompt)
+        return rungs_for_mapping(
+            budget,
+            ladder,
+            views_per_image,
+            images_per_prompt,
+            lambda: (routing.rungs.tolist(), routing.scores.tolist()),
+        )
     if isinstance(budget, (int, list, tuple)):
         per_image = rungs_for_budget(budget, ladder, views_per_image)
         return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
-    raise ValueError(f"`visual_token_budget={budget!r}` is not known. {_BUDGET_FORMS}")
+    raise ValueError(f"`visual_token_budget={budget!r}` is not known. {BUDGET_FORMS}")
 
 
 def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> None:
@@ -146,33 +152,3 @@ def to_host(*tensors: Any) -> list[Any]:
     packed = torch.cat([tensor.detach().flatten().double() for tensor in present]).cpu()
     pieces = iter(packed.split([tensor.numel() for tensor in present]))
     return [None if tensor is None else next(pieces).to(tensor.dtype).view(tensor.shape) for tensor in tensors]
-
-
-_BUDGET_FORMS = (
-    "Pass 'auto' (or None) for the router, a number of tokens per image, a list with one number per image, "
-    "{'ceiling': n} or {'total': n}."
-)
-
-
-def _resolve_mapping(
-    budget: Mapping[str, Any],
-    routing: Routing,
-    ladder: Sequence[int],
-    views_per_image: Sequence[int],
-    images_per_prompt: Sequence[int] | None,
-) -> list[int]:
-    if set(budget) == {"total"}:
-        prompts = None
-        if images_per_prompt is not None:
-            views = iter(views_per_image)
-            prompts = [sum(next(views) for _ in range(images)) for images in images_per_prompt]
-        return share_total(budget["total"], ladder, routing.scores.tolist(), prompts)
-    if set(budget) == {"ceiling"}:
-        chosen = iter(routing.rungs.tolist())
-        ceilings = [highest_rung(ladder, budget["ceiling"], views) for views in views_per_image]
-        return [
-            min(next(chosen), ceiling)
-            for ceiling, views in zip(ceilings, views_per_image, strict=True)
-            for _ in range(views)
-        ]
-    raise ValueError(f"`visual_token_budget={dict(budget)!r}` is not known. {_BUDGET_FORMS}")

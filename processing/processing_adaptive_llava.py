@@ -19,13 +19,14 @@ from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES
-from .count_prediction import rungs_known_beforehand
+from .count_prediction import most_tokens, routing_known_beforehand, rungs_known_beforehand
 from .image_loading import flatten_images, load_image, shorten_extreme
 from .prompt_encoding import (
     control_token_pattern,
     expand_placeholders,
     normalise_messages,
     original_span,
+    replacement_offsets,
     span_mask,
     tokenize,
 )
@@ -35,16 +36,23 @@ from .tower_image_processor import square_image_processor
 # In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .visual_token_geometry import highest_rung, visual_token_ladder
+    from .visual_token_geometry import visual_token_ladder
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.visual_token_geometry import highest_rung, visual_token_ladder
+    from adaptive_llava.modeling.visual_token_geometry import visual_token_ladder
 
 
 LAYOUTS = ("compact", "expanded")
 INPUT_NAMES = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
 
-_CALL_OPTIONS = {"visual_token_budget", "visual_rungs", "layout", "allow_urls", "return_mm_token_type_ids"}
+_CALL_OPTIONS = {
+    "visual_token_budget",
+    "visual_rungs",
+    "layout",
+    "allow_urls",
+    "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+}
 _PROCESSOR_KWARGS = (
     _CALL_OPTIONS
     | {"text_kwargs", "images_kwargs", "common_kwargs", "videos", "audio"}
@@ -175,6 +183,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         layout: str | None = None,
         allow_urls: bool = False,
         return_mm_token_type_ids: bool = True,
+        return_text_replacement_offsets: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs for prompts with any number of images each.
@@ -189,6 +198,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             layout: `"compact"` or `"expanded"` for this call.
             allow_urls: Fetch images given as `http(s)` addresses.
             return_mm_token_type_ids: Leave out `mm_token_type_ids` if false.
+            return_text_replacement_offsets: Add `text_replacement_offsets`, as transformers 5 does: per row and image
+                where its placeholder stood (`"span"`, in characters) and where what replaced it stands (`"new_span"`).
             kwargs: Options of the tokenizer (`padding`, `padding_side`, `truncation`, ...), of the image processor,
                 and `return_tensors`.
 
@@ -208,58 +219,98 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.pop("return_tensors", None)
 
         sources, rows = flatten_images(images)
-        counts, rungs = self._counts_known_beforehand(len(sources), visual_token_budget, visual_rungs)
+        texts = None if text is None else _check_texts(text)
+        if texts is not None:
+            self._check_images_match(texts, len(sources), rows)
+            rows = [prompt.count(self.image_token) for prompt in texts]
         expanded = _check_layout(layout or self.layout) == "expanded"
-        if expanded and sources and counts is None:
+        decision = (visual_token_budget, visual_rungs, rows)
+        counts, rungs = self._counts_known_beforehand(len(sources), *decision)
+        if expanded and sources and counts is None and not self._routes_by_pixels:
             raise ValueError(
                 f"`layout='expanded'` needs every image's token count before the model runs, but the "
                 f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
                 f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
             )
+        pixels = self._pixels(sources, allow_urls, return_tensors, images_kwargs) if sources else {}
+        by_pixels = expanded and counts is None and bool(sources)
+        if by_pixels:
+            counts, rungs = self._counts_known_beforehand(len(sources), *decision, pixels["pixel_values"])
         data: dict[str, Any] = {}
-        if text is not None:
-            texts = _check_texts(text)
-            self._check_images_match(texts, len(sources), rows)
+        if texts is not None:
             data |= self._encode(texts, counts if expanded else None, text_kwargs)
             if return_mm_token_type_ids:
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
-        if sources:
-            data |= self._pixels(sources, allow_urls, return_tensors, images_kwargs)
-            if visual_rungs is not None or (expanded and visual_token_budget not in (None, "auto")):
-                data["visual_rungs"] = rungs
+        offsets = data.pop("text_replacement_offsets", None)
+        data |= pixels
+        if sources and (
+            visual_rungs is not None or by_pixels or (expanded and visual_token_budget not in (None, "auto"))
+        ):
+            data["visual_rungs"] = rungs
         output = BatchFeature(data, tensor_type=return_tensors)
         if sources and visual_token_budget is not None and "visual_rungs" not in output:
             output["visual_token_budget"] = visual_token_budget
+        if return_text_replacement_offsets and offsets is not None:
+            output["text_replacement_offsets"] = offsets
         return output
 
     def count_tokens(
-        self, images: Any, *, visual_token_budget: Any = None, visual_rungs: Sequence[int] | None = None
+        self,
+        images: Any,
+        *,
+        visual_token_budget: Any = None,
+        visual_rungs: Sequence[int] | None = None,
+        allow_urls: bool = False,
+        **images_kwargs: Any,
     ) -> list[int]:
-        """Visual tokens each image will cost, without decoding it.
+        """Visual tokens each image will cost.
 
         Args:
-            images: Images in any form that a call takes, or just their number.
+            images: Images in any form that a call takes, or just their number. They are read only where the
+                `pixel_std` router decides.
+            visual_token_budget: As in a call; `{"total": n}` is shared by each inner list of `images`.
+            visual_rungs: As in a call.
+            allow_urls: Fetch images given as `http(s)` addresses.
+            images_kwargs: Options of the image processor, as in a call.
 
         Returns:
-            Tokens per image. Exact for the `fixed` router, a whole-number budget or `visual_rungs`; otherwise the
-            most that the router may choose.
+            Tokens per image. Exact for the `fixed` router, a whole-number budget, `visual_rungs`, and the `pixel_std`
+            router given images; otherwise the most that the router may choose.
         """
-        number = images if isinstance(images, int) else len(flatten_images(images)[0])
-        counts, _ = self._counts_known_beforehand(number, visual_token_budget, visual_rungs)
-        if counts is not None:
-            return counts
-        ladder = self._ladder()
-        ceiling = visual_token_budget.get("ceiling") if isinstance(visual_token_budget, Mapping) else None
-        return [ladder[-1 if ceiling is None else highest_rung(ladder, ceiling)]] * number
+        sources, rows = ([None] * images, None) if isinstance(images, int) else flatten_images(images)
+        decision = (visual_token_budget, visual_rungs, rows)
+        counts, _ = self._counts_known_beforehand(len(sources), *decision)
+        if counts is None and self._routes_by_pixels and not isinstance(images, int) and sources:
+            pixels = self._pixels(sources, allow_urls, None, images_kwargs)["pixel_values"]
+            counts, _ = self._counts_known_beforehand(len(sources), *decision, pixels)
+        return [most_tokens(self._ladder(), visual_token_budget)] * len(sources) if counts is None else counts
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What stands in a prompt for one image: the hook that transformers 5 and serving engines call."""
+        """What stands in a prompt for one image: the hook that transformers 5 and serving engines call.
+
+        Args:
+            image_inputs: What the image processor gave for all images; with the `pixel_std` router its
+                `pixel_values` decide.
+            image_idx: Which image.
+            kwargs: `visual_token_budget` or `visual_rungs` of the call.
+
+        Returns:
+            One placeholder per visual token; where only the model can tell, as many as the router may choose.
+        """
         if self.layout == "compact":
             return self.image_token
-        return self.image_token * self.count_tokens(image_idx + 1, **_only_counts(kwargs))[image_idx]
+        decision = _only_counts(kwargs)
+        pixels = image_inputs.get("pixel_values") if self._routes_by_pixels else None
+        if pixels is not None and not decision:  # alone: a router never looks across images
+            pixels, image_idx = pixels[image_idx : image_idx + 1], 0
+        number = image_idx + 1 if pixels is None else len(pixels)
+        budget, rungs = decision.get("visual_token_budget"), decision.get("visual_rungs")
+        counts, _ = self._counts_known_beforehand(number, budget, rungs, None, pixels)
+        return self.image_token * (most_tokens(self._ladder(), budget) if counts is None else counts[image_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        # vLLM's hook: counts from sizes alone, so the most a router may choose
+        # vLLM's hook. Sizes tell no more than the most that a router may choose: right for reserving memory. Spans
+        # of a prompt are found in the prompt, or this is exact: after `freeze-budget`, or given a budget or rungs
         if image_sizes is None:
             return MultiModalData()
         counts = self.count_tokens(len(image_sizes), **_only_counts(kwargs))
@@ -363,14 +414,24 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             )
         return visual_token_ladder(self.compressor, self.grid)
 
+    @property
+    def _routes_by_pixels(self) -> bool:
+        return (self.router or {}).get("type") == "pixel_std"
+
     def _counts_known_beforehand(
-        self, number: int, budget: Any, rungs: Sequence[int] | None
+        self,
+        number: int,
+        budget: Any,
+        rungs: Sequence[int] | None,
+        images_per_prompt: Sequence[int] | None = None,
+        pixels: Any = None,
     ) -> tuple[list[int] | None, list[int] | None]:
         """Tokens and rung of each image, or (None, None) if only the router can tell."""
         if self.compressor is None and budget is None and rungs is None:
             return None, None
         ladder = self._ladder()
-        chosen = rungs_known_beforehand(self.router or {}, ladder, number, budget, rungs)
+        routed = routing_known_beforehand(self.router or {}, ladder, number, grid=self.grid, pixels=pixels)
+        chosen = rungs_known_beforehand(routed, ladder, number, budget, rungs, images_per_prompt)
         return (None, None) if chosen is None else ([ladder[rung] for rung in chosen], chosen)
 
     def _check_images_match(self, texts: list[str], num_images: int, rows: list[int] | None) -> None:
@@ -394,9 +455,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
 
     def _encode(self, texts: list[str], counts: list[int] | None, text_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given."""
-        expanded, shifts = texts, None
-        if counts is not None:
-            expanded, shifts = expand_placeholders(texts, self.image_token, counts)
+        counts = [1] * sum(prompt.count(self.image_token) for prompt in texts) if counts is None else counts
+        expanded, shifts = expand_placeholders(texts, self.image_token, counts)
         data = tokenize(self.tokenizer, expanded, {**text_kwargs, "return_token_type_ids": False})
         for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
             kept, expected = list(ids).count(self.image_token_id), prompt.count(self.image_token)
@@ -409,7 +469,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                     f"of row {row}, and an image without its placeholder cannot be read. Pass at least {full} for "
                     "this row, or `truncation=False` (in TRL: `max_length=None`)."
                 )
-        if shifts is not None and "offset_mapping" in data:
+        data["text_replacement_offsets"] = [replacement_offsets(row, self.image_token) for row in shifts]
+        if "offset_mapping" in data:
             data["offset_mapping"] = [
                 [original_span(span, row_shifts) for span in row]
                 for row, row_shifts in zip(data["offset_mapping"], shifts, strict=True)

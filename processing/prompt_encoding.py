@@ -96,6 +96,28 @@ def expand_placeholders(
     return expanded, shifts
 
 
+def replacement_offsets(shifts: Sequence[tuple[int, int, int]], placeholder: str) -> list[dict[str, Any]]:
+    """The images of one prompt as transformers 5 tells of them in `text_replacement_offsets`.
+
+    Args:
+        shifts: Position and length before and after of each image, as `expand_placeholders` gives them.
+        placeholder: What stood in the prompt.
+    """
+    offsets, gained = [], 0
+    for position, before, after in shifts:
+        offsets.append(
+            {
+                "type": "image",
+                "span": (position, position + before),
+                "new_span": (position + gained, position + gained + after),
+                "text": placeholder,
+                "replacement": placeholder * (after // before),
+            }
+        )
+        gained += after - before
+    return offsets
+
+
 def original_span(span: Sequence[int], shifts: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
     """Where a token of an expanded prompt stands in the prompt before expansion."""
     start, end = int(span[0]), int(span[1])

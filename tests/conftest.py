@@ -32,6 +32,7 @@ TINY_ROUTERS = {
     "random": {"type": "random"},
     "feature_std": {"type": "feature_std"},
     "classifier": {"type": "classifier", "blocks": [1]},
+    "pixel_std": {"type": "pixel_std"},
 }
 PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf", "stf", "stf-mbtf"]
 PRESETS_TO_COME = ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
@@ -82,6 +83,8 @@ def tiny_model(preset: str = "llava", *, vision: str = "clip", text: str = "qwen
     if config.router["type"] == "feature_std" and "router" not in fields:
         # between the spreads of `tiny_images`, so that a batch of three gets three counts
         config.router["thresholds"] = [0.05, 0.15]
+    if config.router["type"] == "pixel_std" and config.router["thresholds"] == [0.05, 0.05]:
+        config.router["thresholds"] = [0.25, 0.75]
     model = AdaptiveLlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

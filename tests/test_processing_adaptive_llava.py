@@ -313,7 +313,7 @@ def test_expanding_without_a_known_count_is_refused(processor):
         ({"visual_token_budget": 0}, "`visual_token_budget=0` is below the smallest count"),
         ({"visual_token_budget": [4]}, "has 1 entries for 2 images"),
         ({"visual_token_budget": "fast"}, "`visual_token_budget='fast'` is unknown"),
-        ({"visual_token_budget": {"mean": 4}}, "is not understood"),
+        ({"visual_token_budget": {"mean": 4}}, r"`visual_token_budget=\{'mean': 4\}` is not known. Pass 'auto'"),
         ({"visual_rungs": [0, 3]}, "`visual_rungs` contains 3"),
         ({"visual_rungs": [0]}, "`visual_rungs` has 1 entries for 2 images"),
         ({"visual_rungs": [0, 0], "visual_token_budget": 4}, "were both given"),

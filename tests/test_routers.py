@@ -7,15 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adaptive_llava.modeling.compressor_registry import COMPRESSORS
 from adaptive_llava.modeling.option_schema import build_part
 from adaptive_llava.modeling.router_base import Router
 from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
+from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
 from adaptive_llava.modeling.router_registry import ROUTERS
+from adaptive_llava.modeling.visual_token_geometry import pixel_routing
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
-from tests.conftest import TINY_COMPRESSORS, TINY_ROUTERS
+from adaptive_llava.processing.tower_image_processor import square_image_processor
+from adaptive_llava.training.image_source import open_images
+from tests.conftest import TINY_COMPRESSORS, TINY_ROUTERS, tiny_vision_config
 
 
 pytestmark = pytest.mark.compat
@@ -236,7 +242,7 @@ def test_feature_std_on_a_compressor_with_one_count_has_nothing_to_decide():
         ({"window": 2}, r"`router` of type 'feature_std' has no option 'window'. Known options: windows, thresholds"),
         (
             {"type": "entropy"},
-            r"`router.type='entropy'` is unknown. Known types: classifier, feature_std, fixed, random",
+            r"`router.type='entropy'` is unknown. Known types: classifier, feature_std, fixed, pixel_std, random",
         ),
     ],
 )
@@ -249,3 +255,102 @@ def test_feature_std_names_a_window_that_does_not_fit_the_grid():
     router = FeatureStdRouter(DIM, pooling(1, 2, 3), windows=[9, 2])
     with pytest.raises(ValueError, match=r"`router.windows=9` leaves nothing of a 6x6 patch grid"):
         router(features(1))
+
+
+def pixel_features(pixels: torch.Tensor, grid: tuple[int, int] = (6, 6)) -> VisionFeatures:
+    patches = torch.zeros(len(pixels), grid[0] * grid[1], 1)
+    return VisionFeatures(patches, grid, None, pixels, (1,) * len(pixels))
+
+
+def test_pixel_std_hand_computed_case():
+    # one window of 2x2 patches with 1 pixel each, 1 2 3 4 in every channel: biased variance 1.25
+    pixels = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(1, 3, 2, 2)
+    router = PixelStdRouter(DIM, pooling(1, 2), thresholds=[1.1])
+    spread = router.window_spread(pixel_features(pixels, (2, 2)))
+    torch.testing.assert_close(spread, torch.tensor([[1.25**0.5]]), rtol=0, atol=1e-3)
+    assert router(pixel_features(pixels, (2, 2))).rungs.tolist() == [1]
+    assert PixelStdRouter(DIM, pooling(1, 2), thresholds=[1.13])(pixel_features(pixels, (2, 2))).rungs.tolist() == [0]
+
+
+@pytest.mark.parametrize(("grid", "size"), [((6, 6), (24, 24)), ((7, 5), (28, 20)), ((5, 5), (33, 38))])
+def test_pixel_std_measures_the_spread_inside_windows_of_patches(grid, size):
+    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    router = PixelStdRouter(DIM, pooling(1, 2, 3))
+    spread = router.window_spread(pixel_features(pixels, grid)).numpy()
+    patch = (size[0] // grid[0], size[1] // grid[1])
+    for view in range(2):
+        for column, window in enumerate(router.windows):
+            high, wide = window * patch[0], window * patch[1]
+            deviations = [
+                pixels[view, channel, top * high : (top + 1) * high, left * wide : (left + 1) * wide].double().numpy()
+                for channel in range(3)
+                for top in range(grid[0] // window)
+                for left in range(grid[1] // window)
+            ]
+            # bfloat16 has eight bits, and deviations of many pixels even that out
+            assert spread[view, column] == pytest.approx(np.mean([values.std() for values in deviations]), abs=2e-3)
+
+
+def test_pixel_std_accepts_a_flat_view_at_threshold_0_and_nothing_else():
+    flat = torch.full((1, 3, 24, 24), 2.64)
+    dotted = flat.clone()
+    dotted[0, 0, 0, 0] += 0.05
+    router = PixelStdRouter(DIM, pooling(1, 2, 3), thresholds=[0.0, 0.0])
+    routing = router(pixel_features(torch.cat([flat, dotted])))
+    assert routing.rungs.tolist() == [0, 2] and routing.scores[0] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(6, 6), (5, 4)]), st.floats(0.01, 3.0))
+def test_pixel_std_agrees_with_the_processors_arithmetic_bit_by_bit(seed, grid, scale):
+    pixels = torch.randn(3, 3, 26, 30, generator=torch.Generator().manual_seed(seed)) * scale
+    expected = pixel_routing(pixels, grid, (4, 3, 2, 1), (0.4, 0.5, 0.6, 0.7))
+    router = PixelStdRouter(DIM, pooling(1, 2, 3, 4, 5), windows=[4, 3, 2, 1], thresholds=[0.4, 0.5, 0.6, 0.7])
+    for given_in in (torch.float32, torch.bfloat16):
+        routing = router(pixel_features(pixels.to(given_in), grid))
+        assert (routing.rungs.tolist(), routing.scores.tolist()) == expected
+
+
+def test_pixel_std_does_not_depend_on_the_order_of_sums():
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    # the same windows, each of them and all of them turned around
+    turned = pixels.flip(2, 3)
+    router = PixelStdRouter(DIM, pooling(1, 2, 3))
+    assert torch.equal(router.window_spread(pixel_features(pixels)), router.window_spread(pixel_features(turned)))
+
+
+def test_pixel_std_of_real_images_is_known_to_the_processor(shared):
+    images = [image for kind in ("charts", "documents", "photos", "nlvr") for image in real_images(shared, kind)]
+    pixels = square_image_processor(tiny_vision_config(image_size=336))(images, return_tensors="pt")["pixel_values"]
+    _, scores = pixel_routing(pixels, (24, 24), (3, 2), (0.0, 0.0))
+    middle = float(np.median(scores))
+    router = PixelStdRouter(DIM, pooling(1, 2, 3), thresholds=[middle, middle])
+    rungs, scores = pixel_routing(pixels, (24, 24), router.windows, router.thresholds)
+    assert len(set(rungs)) > 1
+    for given_in in (torch.float32, torch.bfloat16):
+        routing = router(pixel_features(pixels.to(given_in), (24, 24)))
+        assert (routing.rungs.tolist(), routing.scores.tolist()) == (rungs, scores)
+    rounded = router(pixel_features(pixels.half(), (24, 24))).scores
+    torch.testing.assert_close(rounded, torch.tensor(scores), rtol=2e-3, atol=0)
+
+
+def real_images(shared, kind):
+    return [image for _, image in open_images(shared / "data" / kind, limit=10)]
+
+
+def test_pixel_std_may_judge_single_patches_and_refuses_less_than_a_pixel_per_patch():
+    assert PixelStdRouter(DIM, pooling(1, 2), windows=[1]).windows == (1,)
+    with pytest.raises(
+        ValueError, match=r"`pixel_values` of 5x24 pixels have less than a pixel for each of 6x6 patch"
+    ):
+        PixelStdRouter(DIM, pooling(1, 2))(pixel_features(torch.zeros(1, 3, 5, 24)))
+    with pytest.raises(ValueError, match=r"`router.windows=9` leaves nothing of a 6x6 patch grid"):
+        PixelStdRouter(DIM, pooling(1, 2), windows=[9])(pixel_features(torch.zeros(1, 3, 24, 24)))
+
+
+def test_pixel_std_compiles_without_a_graph_break():
+    router = PixelStdRouter(DIM, pooling(1, 2, 3), thresholds=[0.9, 0.95])
+    views = pixel_features(torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0)))
+    compiled = torch.compile(lambda pixels: router(replace(views, pixels=pixels)), fullgraph=True, backend="eager")
+    routing = compiled(views.pixels)
+    assert torch.equal(routing.rungs, router(views).rungs) and torch.equal(routing.scores, router(views).scores)

@@ -10,11 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-def rungs_at(spread: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """Rung of every image, `(n,)`: `(n, num_rungs - 1)` cut at `thresholds`."""
-    accepted = spread <= np.asarray(thresholds, dtype=np.float32)
-    return np.where(accepted.any(axis=1), accepted.argmax(axis=1), spread.shape[1])
+from adaptive_llava.modeling.visual_token_geometry import rungs_at
 
 
 def check_mean(counts: Sequence[int], target: float) -> None:

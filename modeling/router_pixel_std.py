@@ -1,0 +1,33 @@
+"""More tokens where neighbouring pixels differ: DFMR's rule on what the tower reads, so that the processor can decide.
+
+The statistic is that of `feature_std` with the normalised pixels of a window of patches in place of its features.
+`pixel_routing` takes it in NumPy before the model runs, and both agree exactly, on any device: pixels are rounded to
+bfloat16 first, and all sums are whole numbers. So float32 and bfloat16 pixels give one result; pixels handed over in
+float16 were rounded otherwise before, and may give another where the statistic meets a threshold to three digits.
+Shapes: (V, 3, S, S) -> rungs (V,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .router_window_spread import WindowSpreadRouter
+from .visual_token_geometry import PIXEL_STEPS, pixel_spread
+from .visual_tokens import VisionFeatures
+
+
+class PixelStdRouter(WindowSpreadRouter):
+    """Choose by the spread of the pixels under pooling windows.
+
+    Thresholds are in units of the normalised pixels, which differ with the image processor's mean and deviation.
+    """
+
+    type_name = "pixel_std"
+    smallest_window = 1
+
+    def spreads(self, features: VisionFeatures, windows: Sequence[int]) -> list[Tensor]:
+        pixels = features.pixels.cpu() if features.pixels.device.type == "mps" else features.pixels  # has no float64
+        steps = (pixels.bfloat16().double() * PIXEL_STEPS).round()
+        return [pixel_spread(steps, features.grid, window).float() for window in windows]
