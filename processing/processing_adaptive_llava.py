@@ -226,15 +226,15 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         expanded = _check_layout(layout or self.layout) == "expanded"
         decision = (visual_token_budget, visual_rungs, rows)
         counts, rungs = self._counts_known_beforehand(len(sources), *decision)
-        if expanded and sources and counts is None and not self._routes_by_pixels:
+        undecided = expanded and bool(sources) and counts is None
+        if undecided and texts is not None and not self._routes_by_pixels:
             raise ValueError(
                 f"`layout='expanded'` needs every image's token count before the model runs, but the "
                 f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
                 f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
             )
         pixels = self._pixels(sources, allow_urls, return_tensors, images_kwargs) if sources else {}
-        by_pixels = expanded and counts is None and bool(sources)
-        if by_pixels:
+        if undecided and self._routes_by_pixels:
             counts, rungs = self._counts_known_beforehand(len(sources), *decision, pixels["pixel_values"])
         data: dict[str, Any] = {}
         if texts is not None:
@@ -243,9 +243,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         offsets = data.pop("text_replacement_offsets", None)
         data |= pixels
-        if sources and (
-            visual_rungs is not None or by_pixels or (expanded and visual_token_budget not in (None, "auto"))
-        ):
+        chosen_here = undecided or (expanded and visual_token_budget not in (None, "auto"))
+        if sources and rungs is not None and (visual_rungs is not None or chosen_here):
             data["visual_rungs"] = rungs
         output = BatchFeature(data, tensor_type=return_tensors)
         if sources and visual_token_budget is not None and "visual_rungs" not in output:

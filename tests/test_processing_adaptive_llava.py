@@ -305,6 +305,8 @@ def test_expanding_without_a_known_count_is_refused(processor):
         with pytest.raises(ValueError, match="`layout='expanded'` needs every image's token count .*'feature_std'"):
             processor(images=picture(), text="<image>", layout="expanded", visual_token_budget=budget)
     assert processor(text="no image", layout="expanded")["input_ids"]
+    # without a prompt there is nothing to expand
+    assert sorted(processor(images=picture(), layout="expanded")) == ["image_sizes", "pixel_values"]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +342,136 @@ def test_serving_hooks_agree_with_the_expanded_layout():
     assert data["num_image_tokens"] == [4, 4] and data["num_image_patches"] == [1, 1]
     assert processor.replace_image_token({}, 1) == "<image>" * 4
     assert build().replace_image_token({}, 0) == "<image>"
+
+
+# ---- the pixel_std router: counts from pixels
+
+
+def by_pixels(**options):
+    return build(router={"type": "pixel_std", "thresholds": [0.3, 0.3]}, **options)
+
+
+def flat():
+    return Image.new("RGB", (40, 30), "teal")
+
+
+def halves():
+    """Even inside a quarter of the image, uneven as a whole: the middle count."""
+    image = flat()
+    image.paste("orange", (0, 0, 20, 30))
+    return image
+
+
+def test_the_pixels_decide_before_the_model_runs():
+    processor = by_pixels()
+    inputs = processor(
+        images=[flat(), picture(), halves()], text=["<image>", "<image> or <image>"], layout="expanded", padding=True
+    )
+    assert [sum(row) for row in inputs["mm_token_type_ids"]] == [1, 16 + 4]
+    assert inputs["visual_rungs"] == [0, 2, 1] and "visual_token_budget" not in inputs
+    assert processor.count_tokens([flat(), picture(), halves()]) == [1, 16, 4]
+
+
+def test_without_the_expanded_layout_pixels_add_no_key():
+    inputs = by_pixels()(images=[flat(), picture()], text="<image><image>", return_tensors="pt")
+    assert sorted(inputs) == sorted(INPUT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("budget", "rungs"),
+    [
+        (None, [0, 2, 1]),
+        ("auto", [0, 2, 1]),
+        ({"ceiling": 4}, [0, 1, 1]),
+        ({"ceiling": 16}, [0, 2, 1]),
+        ({"total": 20}, [1, 2, 2]),  # 4 + 16 in the first prompt, 16 in the second
+        ({"total": 18}, [0, 2, 2]),
+        (4, [1, 1, 1]),
+        ([16, 1, 4], [2, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+def test_every_budget_is_known_beforehand_from_pixels(budget, rungs, return_tensors):
+    processor = by_pixels(layout="expanded")
+    images = [[flat(), picture()], [halves()]]
+    inputs = processor(
+        images=images,
+        text=["<image><image>", "<image>"],
+        visual_token_budget=budget,
+        padding=True,
+        return_tensors=return_tensors,
+    )
+    assert list(inputs["visual_rungs"]) == rungs
+    counts = [(1, 4, 16)[rung] for rung in rungs]
+    assert [sum(row) for row in inputs["mm_token_type_ids"]] == [counts[0] + counts[1], counts[2]]
+    assert processor.count_tokens(images, visual_token_budget=budget) == counts
+
+
+def test_a_total_shared_by_images_of_a_fixed_router_is_known_beforehand():
+    processor = build(router={"type": "fixed"}, layout="expanded")
+    inputs = processor(images=[picture(), picture()], text="<image><image>", visual_token_budget={"total": 20})
+    assert inputs["visual_rungs"] == [2, 1]
+
+
+def test_counting_opens_images_only_where_pixels_decide():
+    broken = [b"no image", b"no image"]
+    assert build().count_tokens(broken) == [16, 16]
+    assert by_pixels().count_tokens(broken, visual_token_budget=4) == [4, 4]
+    assert by_pixels().count_tokens(2) == [16, 16]  # a number of images has no pixels
+    assert by_pixels().count_tokens(2, visual_token_budget={"ceiling": 5}) == [4, 4]
+    assert by_pixels().count_tokens(2, visual_token_budget={"total": 15}) == [4, 4]
+    assert by_pixels().count_tokens([]) == []
+    with pytest.raises(ValueError, match="Image 0"):
+        by_pixels().count_tokens(broken)
+
+
+def test_an_image_counts_the_same_in_every_form_and_with_the_options_of_the_call():
+    processor = by_pixels(layout="expanded")
+    image = halves()
+    assert processor.count_tokens(np.asarray(image)) == processor.count_tokens(image) == [4]
+    unscaled = {"image_mean": [0.0] * 3, "image_std": [100.0] * 3}
+    inputs = processor(images=image, text="<image>", **unscaled)
+    assert processor.count_tokens(image, **unscaled) == [sum(inputs["mm_token_type_ids"][0])] == [1]
+
+
+def test_the_replacement_hook_reads_pixels_where_they_decide():
+    processor = by_pixels(layout="expanded")
+    image_inputs = processor(images=[flat(), picture(), halves()], return_tensors="pt")
+    found = [processor.replace_image_token(image_inputs, image).count("<image>") for image in range(3)]
+    assert found == [1, 16, 4]
+    assert processor.replace_image_token(image_inputs, 2, visual_token_budget=[1, 1, 16]) == "<image>" * 16
+    assert processor.replace_image_token(image_inputs, 1, visual_token_budget={"ceiling": 4}) == "<image>" * 4
+    assert processor.replace_image_token({}, 0) == "<image>" * 16  # as many as there may be
+
+
+def test_pixel_routing_without_the_routers_options_is_refused():
+    processor = by_pixels()
+    processor.router = {"type": "pixel_std"}
+    with pytest.raises(ValueError, match="lacks 'windows' or 'thresholds', which decide the counts"):
+        processor.count_tokens([picture()])
+
+
+@pytest.mark.parametrize("layout", ["compact", "expanded"])
+def test_replacement_offsets_tell_where_each_image_went(layout):
+    processor = by_pixels(layout=layout)
+    texts = ["What <image> is <image>?", "Sure?"]
+    inputs = processor(
+        images=[halves(), flat()],
+        text=texts,
+        return_text_replacement_offsets=True,
+        padding=True,
+        return_tensors="pt",
+    )
+    first, second = inputs["text_replacement_offsets"][0]
+    assert inputs["text_replacement_offsets"][1] == []
+    assert [entry["span"] for entry in (first, second)] == [(5, 12), (16, 23)]
+    wide = 4 if layout == "expanded" else 1
+    assert first == {
+        "type": "image", "span": (5, 12), "new_span": (5, 5 + 7 * wide), "text": "<image>",
+        "replacement": "<image>" * wide,
+    }  # fmt: skip
+    assert second["new_span"] == (16 + 7 * (wide - 1), 23 + 7 * (wide - 1))
+    assert "text_replacement_offsets" not in processor(images=flat(), text="<image>")
 
 
 # ---- chats
