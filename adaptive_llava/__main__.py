@@ -10,6 +10,7 @@ COMMANDS = {
     "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
     "train_router": ("adaptive_llava.training.train_router", "train a classifier router on labelled images"),
     "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
+    "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
 }
 
 
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m adaptive_llava <command> [options]\n")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<14}{what}")
+            print(f"  {name:<15}{what}")
         return 0
     if arguments[0] not in COMMANDS:
         print(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)

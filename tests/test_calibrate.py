@@ -95,8 +95,9 @@ def test_equal_images_stay_together_on_the_side_nearer_to_the_wanted_share(wante
     assert float((rungs == 0).mean()) == accepted
 
 
-def test_the_model_routes_new_images_as_measured():
-    model = tiny_model("dfmr")
+@pytest.mark.parametrize("router", ["feature_std", "pixel_std"])
+def test_the_model_routes_new_images_as_measured(router):
+    model = tiny_model("dfmr", router={"type": router})
     images = tiny_images(40)
     before = model.encode_images(images).rungs
     calibration = calibrate_thresholds(model, images.split(7), target_mean=14, holdout=0.25)
@@ -184,7 +185,9 @@ def test_goals_that_cannot_be_reached_are_refused_after_one_batch(options, messa
 
 @pytest.mark.parametrize("preset", ["llava", "random-pool", "avg-pool"])
 def test_a_router_without_thresholds_is_refused_and_those_with_are_named(preset):
-    with pytest.raises(ValueError, match="has no thresholds to calibrate. Routers that have.*feature_std"):
+    with pytest.raises(
+        ValueError, match="has no thresholds to calibrate. Routers that have.*: feature_std, pixel_std"
+    ):
         calibrate_thresholds(tiny_model(preset), [tiny_images(8)], target_mean=9)
 
 
@@ -242,6 +245,24 @@ def test_the_command_calibrates_a_model_in_its_own_folder(checkpoint, tmp_path, 
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert list(model.model.router.thresholds) == config["router"]["thresholds"] != [0.05, 0.15]
     assert AutoProcessor.from_pretrained(folder).router == model.config.router
+
+
+def test_the_processor_counts_by_the_calibrated_pixel_thresholds(checkpoint, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint / "model", router={"type": "pixel_std"})
+    model.save_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(checkpoint / "model")
+    processor.router, processor.layout = dict(model.config.router), "expanded"
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(checkpoint / "pictures")]
+    assert main([*arguments, "--shares", "0.4,0.3,0.3"]) == 0
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    paths = sorted((checkpoint / "pictures").iterdir())
+    encoded = model.encode_images(processor(images=paths, return_tensors="pt")["pixel_values"])
+    counts = processor.count_tokens(paths)
+    assert counts == list(encoded.lengths)
+    assert set(counts) == {4, 9, 36}
 
 
 def test_the_command_writes_a_whole_checkpoint_elsewhere(checkpoint, tmp_path):

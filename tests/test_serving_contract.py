@@ -104,19 +104,15 @@ def test_replacement_offsets_give_spans_that_the_features_fill(name, one_by_one)
     router, options = KNOWN[name]
     model, processor = build(router)
     inputs = processor(
-        images=images(),
-        text=PROMPT,
-        return_text_replacement_offsets=True,
-        return_offsets_mapping=True,
-        return_tensors="pt",
-        **options,
+        images=images(), text=PROMPT, return_text_replacement_offsets=True, return_tensors="pt", **options
     )
-    entries = inputs["text_replacement_offsets"][0]
-    starts, spans = [entry["new_span"][0] for entry in entries], []
-    # a character is a token, and so is a placeholder, of seven characters
-    for start, entry in zip(starts, entries, strict=True):
-        earlier = sum(len(before["replacement"]) for before in entries if before["new_span"][0] < start)
-        spans.append((start - earlier + earlier // 7, len(entry["replacement"]) // 7))
+    entries, expanded = inputs["text_replacement_offsets"][0], PROMPT
+    for entry in reversed(entries):
+        first, last = entry["span"]
+        expanded = expanded[:first] + entry["replacement"] + expanded[last:]
+    encoded = processor.tokenizer(expanded, return_offsets_mapping=True)
+    assert encoded["input_ids"] == inputs["input_ids"][0].tolist()
+    spans = token_spans(encoded["offset_mapping"], entries)
     rungs = inputs.get("visual_rungs")
     if one_by_one:
         rows = [

@@ -78,7 +78,7 @@ def describe(model: AdaptiveLlavaForConditionalGeneration) -> list[str]:
     if config.fusion_blocks is not None:
         blocks = ", ".join(map(str, config.fusion_blocks))
         lines.insert(0, f"fusion       hidden states {blocks} of the vision tower ({config.fusion_variant})")
-    if config.router["type"] == "feature_std":
+    if config.router.get("thresholds"):
         lines.append("next         choose thresholds for your images: python -m adaptive_llava calibrate --help")
     if not config.compressor_trained:
         lines.append("next         fine-tune: fusion, compressor or projector have new weights")
