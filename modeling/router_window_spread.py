@@ -88,10 +88,9 @@ class WindowSpreadRouter(Router):
     @torch.no_grad()
     def forward(self, features: VisionFeatures) -> Routing:
         spread = self.window_spread(features)
-        if not self.windows:
-            return Routing(spread.new_zeros(spread.shape[0], dtype=torch.long), spread.new_zeros(spread.shape[0]))
         # added one by one: the same bits on every device, and in the processor
-        return Routing(self.rungs_of(spread), sum(spread.unbind(1)) / len(self.windows))
+        total = sum(spread.unbind(1), spread.new_zeros(spread.shape[0]))
+        return Routing(self.rungs_of(spread), total / max(len(self.windows), 1))
 
     def rungs_of(self, spread: Tensor) -> Tensor:
         """Lowest rung whose threshold the spread keeps, else the top: `(V, num_rungs - 1)` -> `(V,)`."""

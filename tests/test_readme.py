@@ -15,7 +15,9 @@ from tests.conftest import PRESETS_HERE
 
 
 README = (ROOT / "README.md").read_text()
-MODULES = sorted(set(re.findall(r"python -m (adaptive_llava(?:\.\w+)*(?: (?:calibrate|convert))?)", README)))
+MODULES = sorted(
+    set(re.findall(r"python -m (adaptive_llava(?:\.\w+)*(?: (?:calibrate|convert|freeze-budget))?)", README))
+)
 
 
 def test_figures_are_those_of_the_result_files(capsys):

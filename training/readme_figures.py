@@ -53,6 +53,22 @@ def routing_real_images(result: dict[str, Any]) -> str:
     )
 
 
+def pixel_agreement(result: dict[str, Any]) -> str:
+    """How often the two routers that measure spread choose the same count, in one paragraph."""
+    found = result["fits"]["pad"]
+    kinds = ", ".join(
+        f"{kind} {row['mean_tokens']['features']:.0f} and {row['mean_tokens']['pixels']:.0f}"
+        for kind, row in found["kinds"].items()
+    )
+    return (
+        f"Calibrated to the same mean of {result['target_mean']:.0f} tokens, `feature_std` and `pixel_std` give "
+        f"{found['all']['agreement']:.0%} of the {found['all']['num_images']} images above the same count (Cohen's "
+        f"kappa {found['all']['kappa']:.2f}, where 0 is chance and 1 full agreement; rank correlation of the scores "
+        f"{found['all']['rank_correlation']:.2f}). Mean tokens by features and by pixels: {kinds} "
+        "(`python -m adaptive_llava.training.pixel_agreement`)."
+    )
+
+
 def benchmark(result: dict[str, Any]) -> str:
     """Ratios of the benchmark, each beside its limit."""
     rows = [
@@ -102,6 +118,7 @@ def quickstart(result: dict[str, Any]) -> str:
 BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quickstart": (quickstart, "make quickstart"),
     "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
+    "pixel_agreement": (pixel_agreement, "python -m adaptive_llava.training.pixel_agreement"),
     "benchmark_cpu": (benchmark, "python -m adaptive_llava.training.benchmark"),
     "benchmark_cpu_clip": (benchmark, "python -m adaptive_llava.training.benchmark --shape clip-l-336+qwen2.5-0.5b"),
 }
