@@ -11,6 +11,7 @@ from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaM
 from tests.conftest import (
     IMAGE_TOKEN,
     PRESETS_HERE,
+    TINY_ROUTERS,
     batch_rows,
     tiny_images,
     tiny_model,
@@ -698,3 +699,14 @@ def test_embeddings_grow_with_the_tokenizer_and_keep_the_logits():
     after = model(**inputs, labels=inputs["input_ids"])
     assert largest(after.logits[..., :100] - before) <= 1e-5
     assert after.loss.isfinite()
+
+
+@pytest.mark.parametrize("router", TINY_ROUTERS)
+def test_training_on_text_alone_behind_a_frozen_tower_works_under_every_router(router):
+    model = tiny_model("dfmr", router={"type": router}).train()
+    model.model.vision_tower.requires_grad_(False)
+    ids = torch.tensor([[5, 6, 7]])
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(largest(parameter.grad) == 0 for parameter in model.model.multi_modal_projector.parameters())

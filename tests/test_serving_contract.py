@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from tests.conftest import IMAGE_TOKEN, tiny_model
+from tests.fresh_process import run_without_package
 from tests.test_convert import character_tokenizer
 
 
@@ -201,6 +204,32 @@ def test_the_model_chooses_by_itself_what_the_processor_foresaw(dtype):
     if dtype != torch.float16:  # an engine may hand the pixels over in the model's precision
         again = model.encode_images(inputs["pixel_values"].to(dtype))
         assert torch.equal(again.scores, encoded.scores)
+
+
+ELSEWHERE = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, prompt, *paths = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+images = [Image.open(path) for path in paths]
+inputs = processor(images=images, text=prompt, return_tensors="pt")
+chosen = model.encode_images(inputs["pixel_values"]).rungs
+print(json.dumps([processor.count_tokens(images), inputs["visual_rungs"].tolist(), list(chosen)]))
+"""
+
+
+def test_pixels_decide_alike_where_the_package_is_absent(tmp_path):
+    model, processor = build({"type": "pixel_std"})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for image, path in zip(images(), paths, strict=True):
+        image.save(path)
+    found = run_without_package(ELSEWHERE, tmp_path / "model", PROMPT, *paths, folder=tmp_path)
+    assert json.loads(found.splitlines()[-1]) == [[36, 4, 9], [2, 0, 1], [2, 0, 1]]
 
 
 def test_both_layouts_generate_the_same_under_pixel_routing():
