@@ -57,7 +57,8 @@ def pixel_agreement(result: dict[str, Any]) -> str:
     """How often the two routers that measure spread choose the same count, in one paragraph."""
     found = result["fits"]["pad"]
     kinds = ", ".join(
-        f"{kind} {row['mean_tokens']['features']:.0f} and {row['mean_tokens']['pixels']:.0f}"
+        f"{kind} {row['mean_tokens']['features']:.0f} and {row['mean_tokens']['pixels']:.0f} (same count: "
+        f"{row['agreement']:.0%})"
         for kind, row in found["kinds"].items()
     )
     return (
