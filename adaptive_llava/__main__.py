@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {
     "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
-    "train_router": ("adaptive_llava.training.train_router", "train a classifier router on labelled images"),
+    "train-router": ("adaptive_llava.training.train_router", "train a classifier router on labelled images"),
     "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
 }

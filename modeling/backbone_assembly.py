@@ -21,7 +21,7 @@ from .vision_tower_features import extract_features, input_size, unwrap_tower, v
 logger = logging.get_logger(__name__)
 
 # Parts whose weights belong to this package; a checkpoint must bring them all.
-OWN_PARTS = ("multi_block_fusion", "compressor", "router", "multi_modal_projector")
+OWN_PARTS = ("multi_block_fusion", "compressor", "router", "multi_modal_projector", "modality_prefusion")
 
 _LOADING_ARGUMENTS = (
     "revision",
@@ -156,12 +156,15 @@ def _assemble(
     inner.compressor = config.build_compressor()
     inner.router = config.build_router(inner.compressor)
     inner.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, inner.compressor)
+    inner.modality_prefusion = config.build_prefusion()
     model._adopt_language_model_names()
     for name in OWN_PARTS:
         part = getattr(inner, name)
         if part is not None:
             part.apply(model._init_weights)
-            part.to(device=parameter.device, dtype=parameter.dtype)
+            part.to(device=parameter.device)
+            for own in part.parameters():  # alone: rotary frequencies are buffers that lose their meaning in bf16
+                own.data = own.data.to(parameter.dtype)
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
     return model.eval()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
 from .compressor_registry import COMPRESSORS
+from .modality_prefusion import ModalityPrefusion, check_prefusion
 from .multi_block_fusion import MultiBlockFusion, block_index, check_fusion_blocks, default_fusion_blocks
 from .option_schema import build_part
 from .preset_table import preset_options
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_query_resampler import QueryResamplerCompressor  # noqa: F401
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
+    from .encoded_images import EncodedBatch  # noqa: F401
+    from .placeholder_layout import holds_segments  # noqa: F401
     from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
     from .router_fixed import FixedRouter  # noqa: F401
@@ -63,6 +66,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         fusion_blocks: Hidden states that multi-block fusion joins into the features to compress, in place of
             `vision_feature_layer` alone; `"default"`: that layer and others spread over the tower; `None`: no fusion.
         fusion_variant: `"released"` or `"paper"`; see `multi_block_fusion.py`.
+        prefusion_layers: Layers of modality pre-fusion; 0: none. See `modality_prefusion.py`.
+        prefusion_padding: What of the text pre-fusion takes for padding: `"attention_mask"`, or `"released"`, which
+            also leaves out id 0, as LLaVA-Mini's weights were trained.
         projector_hidden_act: Activation between the projector's two layers.
         multimodal_projector_bias: Whether the projector's layers have biases.
         vision_feature_dim: Width of one selected layer. Read from `vision_config` where that tells; to be given for
@@ -91,6 +97,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         vision_feature_layer: int | list[int] = -2,
         fusion_blocks: list[int] | str | None = None,
         fusion_variant: str = "released",
+        prefusion_layers: int = 0,
+        prefusion_padding: str = "attention_mask",
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
         vision_feature_dim: int | None = None,
@@ -116,6 +124,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.vision_feature_layer = vision_feature_layer
         self.fusion_blocks: Any = fusion_blocks
         self.fusion_variant = fusion_variant
+        self.prefusion_layers = prefusion_layers
+        self.prefusion_padding = prefusion_padding
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
         self.vision_feature_dim = vision_feature_dim
@@ -165,6 +175,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             self.build_fusion()
             compressor = self.build_compressor()
             router = self.build_router(compressor)
+        check_prefusion(self.prefusion_layers, self.prefusion_padding, self.text_config, compressor)
         self.compressor, self.router = compressor.options, router.options
         grid = (self.vision_grid[0], self.vision_grid[1])
         compressor.ladder(grid)
@@ -205,6 +216,10 @@ class AdaptiveLlavaConfig(PretrainedConfig):
     def build_router(self, compressor: Compressor) -> Router:
         """A new router for the rungs of `compressor`."""
         return build_part("router", ROUTERS, self.router, self.vision_feature_dim, compressor)
+
+    def build_prefusion(self) -> ModalityPrefusion | None:
+        """New modality pre-fusion, or `None` if this config has none."""
+        return ModalityPrefusion(self.text_config, self.prefusion_layers) if self.prefusion_layers else None
 
     def _check_fusion(self) -> None:
         if self.fusion_blocks is None:

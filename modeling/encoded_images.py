@@ -19,6 +19,8 @@ class EncodedImages:
         rungs: Rung per view.
         scores: Router score per view, `(num_views,)` fp32.
         views_per_image: Views per image.
+        patches: What pre-fusion reads, `(sum(patch_lengths), text_dim)`, packed; `None` without pre-fusion.
+        patch_lengths: Patches per image; empty without pre-fusion.
     """
 
     values: Tensor
@@ -26,6 +28,8 @@ class EncodedImages:
     rungs: tuple[int, ...]
     scores: Tensor
     views_per_image: tuple[int, ...]
+    patches: Tensor | None = None
+    patch_lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -38,15 +42,20 @@ class EncodedImages:
         """
         if any(not 0 <= image < len(self) for image in images):
             raise ValueError(f"`images={list(images)}` must be indices from 0 to {len(self) - 1}.")
-        tokens = self.values.split(self.lengths)
+        patches, patch_lengths = self.patches, self.patch_lengths
+        if patches is not None:
+            patches = _chosen(patches, patch_lengths, images)
+            patch_lengths = tuple(patch_lengths[image] for image in images)
         views = torch.arange(len(self.rungs)).split(self.views_per_image)
         chosen = torch.cat([views[image] for image in images]) if images else torch.empty(0, dtype=torch.long)
         return EncodedImages(
-            values=torch.cat([tokens[image] for image in images]) if images else self.values[:0],
+            values=_chosen(self.values, self.lengths, images),
             lengths=tuple(self.lengths[image] for image in images),
             rungs=tuple(self.rungs[view] for view in chosen.tolist()),
             scores=self.scores[chosen.to(self.scores.device)],
             views_per_image=tuple(self.views_per_image[image] for image in images),
+            patches=patches,
+            patch_lengths=patch_lengths,
         )
 
     def counts(self) -> dict[str, Tensor]:
@@ -69,6 +78,7 @@ class EncodedBatch:
         position_ids: `(B, L)`, or `None`.
         encoded: Images in order of their placeholders.
         compact: True with one placeholder per image, False with one per visual token.
+        instruction_mask: Text that pre-fusion takes in, `(B, L)`; `None` is all that is attended.
     """
 
     input_ids: Tensor
@@ -76,3 +86,9 @@ class EncodedBatch:
     position_ids: Tensor | None
     encoded: EncodedImages
     compact: bool
+    instruction_mask: Tensor | None = None
+
+
+def _chosen(packed: Tensor, lengths: tuple[int, ...], images: Sequence[int]) -> Tensor:
+    pieces = packed.split(lengths)
+    return torch.cat([pieces[image] for image in images]) if images else packed[:0]

@@ -1,7 +1,7 @@
 """LLaVA-style models that decide per image how many visual tokens to spend.
 
-Order of work: vision tower -> fusion -> router -> resolve_rungs -> compressor -> projector -> splice -> language model
--> gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
+Order of work: vision tower -> fusion -> router -> resolve_rungs -> compressor -> projector -> pre-fusion -> splice ->
+language model -> gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
 from .code_files import copy_code
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
+from .modality_prefusion import PrefusionRows, build_prefusion_rows
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .projector import AdaptiveLlavaProjector
@@ -160,7 +161,7 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
 
 
 class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
-    """Vision tower, router, compressor, projector and language model, without a head.
+    """Vision tower, router, compressor, projector, pre-fusion and language model, without a head.
 
     Args:
         config: The architecture.
@@ -173,6 +174,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         self.compressor = config.build_compressor()
         self.router = config.build_router(self.compressor)
         self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor)
+        self.modality_prefusion = config.build_prefusion()
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
         self.post_init()
@@ -263,6 +265,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         image_sizes: Tensor | None = None,
         *,
         encoded_images: EncodedImages | None = None,
+        instruction_mask: Tensor | None = None,
         visual_token_budget: Budget = None,
         visual_rungs: Sequence[int] | Tensor | None = None,
     ) -> EncodedBatch:
@@ -277,12 +280,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                     "`encoded_images` already holds its images and their token counts; pass it without "
                     "`pixel_values`, `visual_token_budget` and `visual_rungs`."
                 )
-            ids, mask, positions = to_host(input_ids, attention_mask, position_ids)
-            return EncodedBatch(ids, mask, positions, encoded_images, self._is_compact(ids, encoded_images.lengths))
+            ids, mask, positions, instruction = to_host(input_ids, attention_mask, position_ids, instruction_mask)
+            compact = self._is_compact(ids, encoded_images.lengths)
+            return EncodedBatch(ids, mask, positions, encoded_images, compact, instruction)
         features = self.extract_features(pixel_values)
         routing = self.router(features)
-        ids, mask, positions, router_rungs, scores = to_host(
-            input_ids, attention_mask, position_ids, routing.rungs, routing.scores
+        ids, mask, positions, instruction, router_rungs, scores = to_host(
+            input_ids, attention_mask, position_ids, instruction_mask, routing.rungs, routing.scores
         )
         per_prompt = (ids == self.config.image_token_id).sum(1).tolist()
         rungs = self._rungs(
@@ -294,7 +298,49 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             rungs=visual_rungs,
         )
         encoded = self._compress(features, routing, rungs)
-        return EncodedBatch(ids, mask, positions, encoded, self._is_compact(ids, encoded.lengths))
+        return EncodedBatch(ids, mask, positions, encoded, self._is_compact(ids, encoded.lengths), instruction)
+
+    def fuse_modalities(
+        self, text: Tensor, batch: EncodedBatch, *, cached: int = 0, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Text and visual tokens as the language model reads them; without pre-fusion, as they are.
+
+        Args:
+            text: Embeddings of the ids, `(B, L, text_dim)`.
+            batch: The same rows on the host.
+            cached: Slots in the cache. Text stays raw then; new images are fused among themselves.
+            slots: Slot of each id, `(B, L)`, where `batch` has the cached ids too.
+
+        Raises:
+            ValueError: A mask of another shape.
+        """
+        visual = batch.encoded.values
+        if self.modality_prefusion is None:
+            return text, visual
+        ids, instruction = batch.input_ids, batch.instruction_mask
+        attended = torch.ones_like(ids, dtype=torch.bool)
+        if batch.attention_mask is not None:
+            if batch.attention_mask.dim() != 2:
+                raise ValueError(
+                    f"`attention_mask` has {batch.attention_mask.dim()} dimensions; pre-fusion reads from it which "
+                    "text is padding. Pass a mask of shape (batch, length)."
+                )
+            attended = batch.attention_mask[:, -ids.shape[1] :] != 0
+        if instruction is None:
+            instruction = attended
+        elif instruction.shape != ids.shape:
+            raise ValueError(
+                f"`instruction_mask` has shape {tuple(instruction.shape)} for ids of shape {tuple(ids.shape)}. Pass "
+                "one entry per id: True for instruction, False for answers and padding."
+            )
+        if cached:
+            instruction = torch.zeros_like(attended)
+            attended = attended if slots is None else attended & (slots >= cached)
+        if self.config.prefusion_padding == "released":
+            instruction = (instruction != 0) & (ids > 0)
+        rows = build_prefusion_rows(batch, self._placeholder, instruction != 0, attended)
+        visual, text = self.modality_prefusion(batch.encoded.patches, visual, text, rows)
+        return text, visual
 
     def get_image_features(
         self,
@@ -327,6 +373,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         image_sizes: Tensor | None = None,
         *,
         encoded_images: EncodedImages | None = None,
+        instruction_mask: Tensor | None = None,
         visual_token_budget: Budget = None,
         visual_rungs: Sequence[int] | Tensor | None = None,
         prefix_embeds: Tensor | None = None,
@@ -345,9 +392,11 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             pixel_values: `(num_images, 3, height, width)`, in order of the placeholders.
             image_sizes: Original sizes, `(num_images, 2)`.
             encoded_images: Result of `encode_images` in place of `pixel_values`.
+            instruction_mask: Text that pre-fusion takes in, `(B, L)`: prompts, not answers. `None` takes all that is
+                attended. Without pre-fusion it means nothing.
             visual_token_budget: Who decides; see `resolve_rungs`.
             visual_rungs: One rung per image, replayed exactly.
-            prefix_embeds: Visual tokens of expanded rows, `(B, K, text_dim)`; what `generate` passes.
+            prefix_embeds: Visual tokens, or all, of expanded rows, `(B, K, text_dim)`; what `generate` passes.
             prefix_positions: Their slots counted from the start of the cache, `(B, K)`; -1 for none.
             position_ids: Placeholder-aligned, `(B, L)`.
             past_key_values: Cache of expanded rows.
@@ -371,12 +420,20 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 pixel_values,
                 image_sizes,
                 encoded_images=encoded_images,
+                instruction_mask=instruction_mask if self.modality_prefusion is not None else None,
                 visual_token_budget=visual_token_budget,
                 visual_rungs=visual_rungs,
             )
             encoded, host_positions = batch.encoded, batch.position_ids
             layout = self._layout(batch, past_key_values)
-            rows = layout.splice(text, encoded.values)
+            if self.training and self.modality_prefusion is not None and instruction_mask is None:
+                logger.warning_once(
+                    "Pre-fusion takes all text for instruction, answers too, since neither `labels` nor "
+                    "`instruction_mask` reached the model; in generation it sees prompts only. Train with this "
+                    "package's collator, or add `instruction_mask = labels == -100` to the batch."
+                )
+            cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            rows = layout.splice(*self.fuse_modalities(text, batch, cached=cached))
             if batch.compact:
                 attention_mask, position_ids = (
                     None if tensor is None else tensor.to(rows.device, non_blocking=True)
@@ -425,12 +482,21 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def _compress(self, features: VisionFeatures, routing: Routing, rungs: list[int]) -> EncodedImages:
         tokens = self.compressor(features, rungs)
-        values = tokens.values
-        if self.multi_modal_projector is not None:
-            # the backbones may have been loaded in different precisions
-            dtype = next(self.multi_modal_projector.parameters()).dtype
-            values = self.multi_modal_projector(values.to(dtype))
-        return EncodedImages(values, tokens.lengths, tuple(rungs), routing.scores, features.views_per_image)
+        values, lengths = self._project(tokens.values), tokens.lengths
+        encoded = EncodedImages(values, lengths, tuple(rungs), routing.scores, features.views_per_image)
+        if self.modality_prefusion is None:
+            return encoded
+        patches = features.patches
+        if features.overview is not None:
+            patches = torch.cat([patches, features.overview], dim=1)
+        per_image = tuple(views * patches.shape[1] for views in features.views_per_image)
+        return replace(encoded, patches=self._project(patches.flatten(0, 1)), patch_lengths=per_image)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        if self.multi_modal_projector is None:
+            return tokens
+        # the backbones may have been loaded in different precisions
+        return self.multi_modal_projector(tokens.to(next(self.multi_modal_projector.parameters()).dtype))
 
     def _is_compact(self, input_ids: Tensor, lengths: Sequence[int]) -> bool:
         per_row = (input_ids == self.config.image_token_id).sum(1).tolist()
@@ -485,15 +551,15 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         return self.config.image_token_id
 
     def _ids_of_embeddings(self, embeddings: Tensor) -> Tensor:
-        # placeholders are found by their embedding; every other id is unknown and unused
+        # placeholders are found by their embedding; every other id is unknown, and any but 0 (padding) will do
         token = torch.tensor(self._placeholder, device=embeddings.device)
         is_image = (embeddings == self.get_input_embeddings()(token)).all(-1)
-        other = 0 if self._placeholder else 1
+        other = 1 if self._placeholder != 1 else 2
         return torch.where(is_image, self._placeholder, other)
 
     def _unused_visual_parameters(self, text: Tensor) -> Tensor | float:
         # rows without images: trainable visual parts join with weight 0, so that distributed ranks stay in step
-        own = [self.compressor, self.router, self.multi_block_fusion, self.multi_modal_projector]
+        own = [getattr(self, name) for name in OWN_PARTS]
         tower_trains = _is_trainable(self.vision_tower)
         if not tower_trains and not any(part is not None and _is_trainable(part) for part in own):
             return 0.0
@@ -515,8 +581,12 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             )
         routing = self.router(features)
         encoded = self._compress(features, routing, [self.compressor.num_rungs - 1])
-        unused = (encoded.values * 0).sum()  # each value first: their sum may overflow
-        return (unused if routing.logits is None else unused + (routing.logits * 0).sum()).to(text)
+        outputs = [encoded.values, routing.logits]
+        if self.modality_prefusion is not None:  # one patch in front of one token
+            row = PrefusionRows(torch.tensor([[0, 1]]), None)
+            outputs += self.modality_prefusion(encoded.patches[:1], encoded.values[:1], text[:0], row)
+        # each value first: their sum may overflow
+        return sum((values * 0).sum().to(text) for values in outputs if values is not None)
 
 
 class AdaptiveLlavaForConditionalGeneration(
@@ -577,6 +647,7 @@ class AdaptiveLlavaForConditionalGeneration(
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         encoded_images: EncodedImages | None = None,
+        instruction_mask: Tensor | None = None,
         visual_token_budget: Budget = None,
         visual_rungs: Sequence[int] | Tensor | None = None,
         prefix_embeds: Tensor | None = None,
@@ -587,9 +658,12 @@ class AdaptiveLlavaForConditionalGeneration(
         """Run rows of text and images and score the next ids; arguments as in `AdaptiveLlavaModel.forward`, and:
 
         Args:
-            labels: `(B, L)`, aligned with `input_ids`; -100 and placeholders are left out of the loss.
+            labels: `(B, L)`, aligned with `input_ids`; -100 and placeholders are left out of the loss. Pre-fusion
+                takes the text without label for instruction, unless `instruction_mask` is given.
             logits_to_keep: Number of last positions to score, or their indices; 0 scores all.
         """
+        if instruction_mask is None and labels is not None:
+            instruction_mask = labels == -100
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         outputs = self.model(
             input_ids,
@@ -597,6 +671,7 @@ class AdaptiveLlavaForConditionalGeneration(
             pixel_values,
             image_sizes,
             encoded_images=encoded_images,
+            instruction_mask=instruction_mask,
             visual_token_budget=visual_token_budget,
             visual_rungs=visual_rungs,
             prefix_embeds=prefix_embeds,

@@ -3,7 +3,8 @@
 `generate` encodes the images once, writes one placeholder per visual token into the prompt, hands the visual tokens to
 the ordinary loop as `prefix_embeds` with absolute `prefix_positions`, and gives back prompt + new ids as they came in.
 Because positions are absolute, beams, static caches, chunked prefill, assisted and prompt-lookup decoding need nothing
-of their own.
+of their own. With modality pre-fusion the text of a prompt is no longer what its ids say: then the prefix is the whole
+prompt, and new ids are embedded as ever.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         encoded_images: Any = None,
+        instruction_mask: Tensor | None = None,
         visual_token_budget: Any = None,
         visual_rungs: Any = None,
         max_expanded_length: int | None = None,
@@ -95,6 +97,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
             input_ids: `(B, L)`, compact (one placeholder per image) or expanded (one per visual token).
             pixel_values: `(num_images, 3, height, width)`.
             encoded_images: Result of `encode_images` in place of `pixel_values`.
+            instruction_mask: Text that pre-fusion takes in, `(B, L)`; the whole prompt by default.
             visual_token_budget: `None`/`"auto"`, tokens per image, a list, `{"ceiling": n}` or `{"total": n}`.
             visual_rungs: One rung per image, replayed exactly.
             max_expanded_length: Bound on the cache in slots; `max_length` counts ids as they come in and go out.
@@ -148,6 +151,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
             pixel_values,
             image_sizes,
             encoded_images=encoded_images,
+            instruction_mask=instruction_mask,
             visual_token_budget=visual_token_budget,
             visual_rungs=visual_rungs,
         )
@@ -156,12 +160,20 @@ class PlaceholderGenerationMixin(GenerationMixin):
         # an expanded row is its own layout: every slot stays where it is, padding too
         lengths, layout_mask = (encoded.lengths, mask) if compact else ((1,) * len(encoded.values), None)
         layout = build_layout(expanded, layout_mask, None, lengths, self.config.image_token_id)
+        cache = kwargs.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
         if compact:
-            _check_cached_rows(layout, kwargs.get("past_key_values"))
+            _check_cached_rows(layout, cached)
             filling = _first_id(pad_token_id, config.eos_token_id)
             expanded = layout.expand_ids(expanded, self.config.image_token_id, filling)
             mask = layout.attention_mask if layout.attention_mask is not None else torch.ones_like(expanded)
-        embeds, positions = layout.prefix(encoded.values)
+        if self.config.prefusion_layers:
+            text = self.get_input_embeddings()(input_ids)
+            embeds, positions = layout.whole_prefix(
+                *self.model.fuse_modalities(text, batch, cached=cached, slots=layout.aligned)
+            )
+        else:
+            embeds, positions = layout.prefix(encoded.values)
         surplus = expanded.shape[1] - input_ids.shape[1]
         rows = CompactRows(input_ids, expanded.shape[1])
         if prefix_allowed_tokens_fn is not None and compact:
@@ -285,9 +297,8 @@ def _check_no_placeholders(input_ids: Tensor, image_token_id: int) -> None:
         )
 
 
-def _check_cached_rows(layout: PlaceholderLayout, cache: Any) -> None:
+def _check_cached_rows(layout: PlaceholderLayout, cached: int) -> None:
     # all cached rows end at one id, and the whole rows must have it in the same slot
-    cached = 0 if cache is None else int(cache.get_seq_length())
     if cached and not bool((layout.aligned == cached - 1).all(dim=0).any()):
         raise ValueError(
             f"`past_key_values` holds rows of {cached} slots that were padded otherwise than the whole conversation "

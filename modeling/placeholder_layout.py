@@ -76,6 +76,15 @@ class PlaceholderLayout:
             visual = visual.new_zeros(1, visual.shape[-1])
         return visual[index.to(visual.device)], positions.to(visual.device)
 
+    def whole_prefix(self, text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """All of every row for decoding, where text too differs from the embeddings of its ids.
+
+        Returns:
+            Embeddings `(B, T, D)`, and their absolute slots, `(B, T)`.
+        """
+        rows = self.splice(text, visual)
+        return rows, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+
     @property
     def _is_visual(self) -> Tensor:
         return self.source >= self.aligned.numel()
@@ -140,7 +149,7 @@ def build_layout(
         positions = torch.arange(total).expand(batch, -1) - totals.unsqueeze(1)  # filling is a segment of its own
         positions = positions.clamp(min=0).clone()
         before = starts - (kept.cumsum(1) - kept.long())  # surplus of the images before each id
-        first = _segment_starts(position_ids)
+        first = segment_starts(position_ids)
         shifted = position_ids + before - before.gather(1, first)
         positions[row, column] = shifted.flatten()[owner] + within
     elif past_mask is None and bool(mask.all()):
@@ -161,8 +170,8 @@ def _without_edges(attended: Tensor) -> Tensor:
     return after_first & before_last
 
 
-def _segment_starts(position_ids: Tensor) -> Tensor:
-    # column of the first id of each id's segment, (B, L)
+def segment_starts(position_ids: Tensor) -> Tensor:
+    """Column of the first id of each id's segment, `(B, L)`."""
     columns = torch.arange(position_ids.shape[1]).expand_as(position_ids)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]

@@ -24,6 +24,7 @@ class VisionFeatures:
         blocks: Hidden states asked for by a router's or fusion's `needs_blocks`.
         pixels: Images the tower saw, `(V, 3, height, width)`, as precise as they were given.
         views_per_image: Views of each image, as host integers.
+        overview: Patches of the whole image, `(V, patches, dim)`, beside a mosaic of its tiles; pre-fusion reads both.
     """
 
     patches: Tensor
@@ -33,6 +34,7 @@ class VisionFeatures:
     views_per_image: tuple[int, ...]
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
     layer_cls: Tensor | None = None
+    overview: Tensor | None = None
 
     def select(self, views: Sequence[int]) -> VisionFeatures:
         """The given views alone, each as an image of its own."""
@@ -45,6 +47,7 @@ class VisionFeatures:
             views_per_image=(1,) * len(views),
             blocks={layer: states.index_select(0, index) for layer, states in self.blocks.items()},
             layer_cls=None if self.layer_cls is None else self.layer_cls.index_select(0, index),
+            overview=None if self.overview is None else self.overview.index_select(0, index),
         )
 
 

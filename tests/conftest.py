@@ -35,6 +35,9 @@ TINY_ROUTERS = {
     "pixel_std": {"type": "pixel_std"},
 }
 PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf", "stf", "stf-mbtf"]
+# Presets with further fields, by a name that `tiny_model` takes too.
+TINY_VARIANTS = {"pre-fusion": ("dfmr", {"prefusion_layers": 2})}
+MODELS_HERE = [*PRESETS_HERE, *TINY_VARIANTS]
 PRESETS_TO_COME = ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
 
 
@@ -71,6 +74,8 @@ def tiny_text_config(kind: str = "qwen2", **options):
 def tiny_model(preset: str = "llava", *, vision: str = "clip", text: str = "qwen2", seed: int = 0, **fields):
     """A random model whose weights are large enough that every part matters to the logits."""
     torch.manual_seed(seed)
+    preset, variant = TINY_VARIANTS.get(preset, (preset, {}))
+    fields = variant | fields
     tied = fields.pop("tie_word_embeddings", False)
     text_options = fields.pop("text_options", {})
     config = AdaptiveLlavaConfig.from_preset(

@@ -19,7 +19,7 @@ def test_without_a_command_all_are_listed(capsys):
 
 def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["train"]) == 2
-    assert "unknown command 'train'; known: calibrate, train_router, convert" in capsys.readouterr().err
+    assert "unknown command 'train'; known: calibrate, train-router, convert" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

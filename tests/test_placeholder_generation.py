@@ -28,8 +28,8 @@ from adaptive_llava import AdaptiveLlavaForConditionalGeneration
 from tests.conftest import (
     EOS,
     IMAGE_TOKEN,
+    MODELS_HERE,
     PAD,
-    PRESETS_HERE,
     batch_rows,
     tiny_images,
     tiny_model,
@@ -44,15 +44,20 @@ IMG = IMAGE_TOKEN
 NEW = 6
 ROWS = [[5, IMG, 6, 7], [8, IMG, 9, 10, IMG, 11, 12], [13, 14, 15], [IMG, 16, 17]]
 IMAGES_OF_ROW = [[0], [1, 2], [], [3]]
-every_preset = pytest.mark.parametrize("preset", PRESETS_HERE)
+every_preset = pytest.mark.parametrize("preset", MODELS_HERE)
+ragged_presets = pytest.mark.parametrize("preset", ["dfmr", "pre-fusion"])
 
 
 @torch.no_grad()
-def gold(model, row: list[int], pixels, new: int = NEW, eos: int | None = None, **decision) -> list[int]:
+def gold(
+    model, row: list[int], pixels, new: int = NEW, eos: int | None = None, instruction: int | None = None, **decision
+) -> list[int]:
     """Greedy ids by a plain loop: the whole row through `forward` for every id."""
     ids = list(row)
+    prompt = len(row) if instruction is None else instruction  # what pre-fusion sees
     for _ in range(new):
         images = {"pixel_values": pixels, **decision} if len(pixels) else {}
+        images["instruction_mask"] = torch.arange(len(ids)).unsqueeze(0) < prompt
         logits = model(input_ids=torch.tensor([ids]), use_cache=False, **images).logits[0, -1]
         logits[IMG] = -float("inf")
         ids.append(logits.argmax().item())
@@ -66,7 +71,7 @@ def gold_rows(model, pixels, new: int = NEW) -> list[list[int]]:
 
 
 @torch.no_grad()
-def check_logits(model, output, inputs: dict) -> None:
+def check_logits(model, output, inputs: dict, instruction: int | None = None) -> None:
     """Every step's raw logits against `forward` on each whole row alone; a wrong slot or position shows here."""
     new, counts = len(output.logits), (inputs["input_ids"] == IMG).sum(1).tolist()
     images, first = inputs.get("pixel_values"), 0
@@ -76,6 +81,8 @@ def check_logits(model, output, inputs: dict) -> None:
         mine = slice(first, first + counts[row])
         first = mine.stop
         given = {"pixel_values": images[mine]} if counts[row] else {}
+        prompt = int(mask.sum()) if instruction is None else instruction
+        given["instruction_mask"] = torch.arange(ids.shape[1]).unsqueeze(0) < prompt
         expected = model(input_ids=ids, use_cache=False, **given).logits[0, -new - 1 : -1]
         found = torch.stack([step[row] for step in output.logits])
         assert (found - expected).abs().max() <= 1e-4
@@ -135,7 +142,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("preset", ["llava", "dfmr"])
+@pytest.mark.parametrize("preset", ["llava", "dfmr", "pre-fusion"])
 def test_every_way_of_decoding_gives_the_greedy_answers(preset, way):
     model, inputs = tiny_model(preset), inputs_of()
     output = model.generate(**inputs, max_new_tokens=NEW, **WAYS[way], **RAW)
@@ -143,21 +150,22 @@ def test_every_way_of_decoding_gives_the_greedy_answers(preset, way):
     check_logits(model, output, inputs)
 
 
+@ragged_presets
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_prefill_of_a_single_row_cuts_anywhere(chunk):
-    model = tiny_model("dfmr")
+def test_chunked_prefill_of_a_single_row_cuts_anywhere(chunk, preset):
+    model = tiny_model(preset)
     inputs = inputs_of(ROWS[1:2], images=2)
     output = model.generate(**inputs, max_new_tokens=NEW, prefill_chunk_size=chunk, **RAW)
     assert answers(output.sequences, inputs) == [gold(model, ROWS[1], inputs["pixel_values"])]
     check_logits(model, output, inputs)
 
 
-def assistant(kind: str):
+def assistant(kind: str, preset: str):
     torch.manual_seed(3)
     if kind == "same class":
-        model = tiny_model("dfmr", seed=3)
+        model = tiny_model(preset, seed=3)
     elif kind == "itself":
-        return tiny_model("dfmr")
+        return tiny_model(preset)
     else:
         model = AutoModelForCausalLM.from_config(tiny_text_config()).eval()
     model.generation_config.eos_token_id = EOS
@@ -167,13 +175,16 @@ def assistant(kind: str):
 
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("way", ["prompt lookup", "text-only assistant", "same class", "itself"])
-def test_drafted_decoding_gives_the_greedy_answer(way, row):
-    model = tiny_model("dfmr")
+@ragged_presets
+def test_drafted_decoding_gives_the_greedy_answer(way, row, preset):
+    model = tiny_model(preset)
     model.generation_config.eos_token_id = EOS
     # words that come back, so that a lookup finds something
     prompt = ROWS[row] + ROWS[row][-2:] * 2
     inputs = inputs_of([prompt], images=len(IMAGES_OF_ROW[row]))
-    options = {"prompt_lookup_num_tokens": 3} if way == "prompt lookup" else {"assistant_model": assistant(way)}
+    options = (
+        {"prompt_lookup_num_tokens": 3} if way == "prompt lookup" else {"assistant_model": assistant(way, preset)}
+    )
     output = model.generate(**inputs, max_new_tokens=10, **options, **RAW)
     assert answers(output.sequences, inputs) == [gold(model, prompt, inputs["pixel_values"], 10, EOS)]
     check_logits(model, output, inputs)
@@ -274,8 +285,9 @@ def test_answers_equal_those_of_llava_with_the_same_weights(mode, rows):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 3}])
-def test_beams_of_ragged_rows_equal_beams_of_each_row_without_a_cache(options):
-    model, inputs = tiny_model("dfmr"), inputs_of()
+@ragged_presets
+def test_beams_of_ragged_rows_equal_beams_of_each_row_without_a_cache(options, preset):
+    model, inputs = tiny_model(preset), inputs_of()
     found = answers(model.generate(**inputs, max_new_tokens=NEW, **options), inputs)
     each = options.get("num_return_sequences", 1)
     for row, images in enumerate(IMAGES_OF_ROW):
@@ -286,8 +298,9 @@ def test_beams_of_ragged_rows_equal_beams_of_each_row_without_a_cache(options):
         assert found[row * each : (row + 1) * each] == alone[:, len(ROWS[row]) :].tolist()
 
 
-def test_sampled_sequences_differ_and_follow_the_seed():
-    model, inputs = tiny_model("dfmr"), inputs_of()
+@ragged_presets
+def test_sampled_sequences_differ_and_follow_the_seed(preset):
+    model, inputs = tiny_model(preset), inputs_of()
     options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": NEW}
     torch.manual_seed(0)
     first = model.generate(**inputs, **options)
@@ -296,8 +309,9 @@ def test_sampled_sequences_differ_and_follow_the_seed():
     assert len({tuple(answer) for answer in answers(first, inputs)}) > 4
 
 
-def test_sampled_ids_come_with_the_log_probability_that_forward_gives_them():
-    model, inputs = tiny_model("dfmr"), inputs_of()
+@ragged_presets
+def test_sampled_ids_come_with_the_log_probability_that_forward_gives_them(preset):
+    model, inputs = tiny_model(preset), inputs_of()
     torch.manual_seed(0)
     output = model.generate(
         **inputs, do_sample=True, top_k=0, max_new_tokens=NEW, return_dict_in_generate=True, output_scores=True
@@ -305,9 +319,12 @@ def test_sampled_ids_come_with_the_log_probability_that_forward_gives_them():
     found = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, NEW, dtype=torch.long)], dim=1)
     with torch.no_grad():
-        logits = model(input_ids=output.sequences, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[
-            :, -NEW - 1 : -1
-        ]
+        logits = model(
+            input_ids=output.sequences,
+            attention_mask=mask,
+            pixel_values=inputs["pixel_values"],
+            instruction_mask=(torch.arange(mask.shape[1]) < mask.shape[1] - NEW).expand_as(mask),
+        ).logits[:, -NEW - 1 : -1]
     logits[..., IMG] = -float("inf")
     expected = logits.log_softmax(-1).gather(2, output.sequences[:, -NEW:].unsqueeze(2)).squeeze(2)
     assert (found - expected).abs().max() <= 1e-4
@@ -375,16 +392,23 @@ def test_a_ceiling_and_a_total_hold_in_generate():
     assert shared == [9, 9, 9, 9]
 
 
-def test_encoded_images_take_the_place_of_pixels():
-    model, inputs = tiny_model("dfmr"), inputs_of()
+@ragged_presets
+def test_encoded_images_take_the_place_of_pixels(preset):
+    model, inputs = tiny_model(preset), inputs_of()
     pixels = inputs.pop("pixel_values")
     encoded = model.encode_images(pixels)
     output = model.generate(**inputs, encoded_images=encoded, max_new_tokens=NEW)
     assert answers(output, inputs) == gold_rows(model, pixels)
 
 
-@every_preset
-@pytest.mark.parametrize("images_in_turn_two", [False, True])
+# with pre-fusion an image changes the text before it, so that whole rows say something else
+WITH_NEW_IMAGES = [name for name in MODELS_HERE if not tiny_model(name).config.prefusion_layers]
+
+
+@pytest.mark.parametrize(
+    ("preset", "images_in_turn_two"),
+    [*((name, False) for name in MODELS_HERE), *((name, True) for name in WITH_NEW_IMAGES)],
+)
 def test_a_conversation_continues_on_its_cache(preset, images_in_turn_two):
     model = tiny_model(preset)
     pixels = tiny_images(2)
@@ -393,12 +417,39 @@ def test_a_conversation_continues_on_its_cache(preset, images_in_turn_two):
     question = [20, IMG, 21] if images_in_turn_two else [20, 21]
     ids = torch.cat([turn.sequences, torch.tensor([question])], dim=1)
     now = pixels if images_in_turn_two else pixels[:1]
-    expected = gold(model, ids[0].tolist(), now)
+    expected = gold(model, ids[0].tolist(), now, instruction=3)  # what came first stays fused, all else is raw
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": now}
     assert turn.past_key_values.get_seq_length() > 3
     output = model.generate(**inputs, past_key_values=turn.past_key_values, max_new_tokens=NEW, **RAW)
     assert output.sequences[0, ids.shape[1] :].tolist() == expected
-    check_logits(model, output, inputs)
+    check_logits(model, output, inputs, instruction=3)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_images_after_a_cache_are_fused_among_themselves(wide):
+    # `generate` gets the whole conversation, `forward` only what is new; both fuse only what is new
+    model, pixels = tiny_model("pre-fusion"), tiny_images(2)
+    ids = torch.tensor([[5, IMG, 6, 7, IMG, 8]])
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :3], pixel_values=pixels[:1], use_cache=True)
+        cache = copy.deepcopy(first.past_key_values)
+        expected = model(input_ids=ids[:, 3:], pixel_values=pixels[1:], past_key_values=cache).logits[:, -1]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if wide:
+        inputs = expanded(inputs, model.encode_images(pixels).lengths)
+        inputs["visual_rungs"] = model.encode_images(pixels).rungs
+    output = model.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=1, **RAW)
+    assert (output.logits[0] - expected).abs().max() <= 1e-4
+
+
+def test_only_the_marked_part_of_a_prompt_is_fused():
+    model, inputs = tiny_model("pre-fusion"), inputs_of(ROWS[1:2], images=2)
+    mask = torch.arange(7).unsqueeze(0) < 4
+    output = model.generate(**inputs, instruction_mask=mask, max_new_tokens=NEW, **RAW)
+    assert answers(output.sequences, inputs) == [gold(model, ROWS[1], inputs["pixel_values"], instruction=4)]
+    check_logits(model, output, inputs, instruction=4)
+    whole = model.generate(**inputs, max_new_tokens=1, **RAW)
+    assert (whole.logits[0] - output.logits[0]).abs().max() > 1e-2
 
 
 def test_ragged_conversations_continue_on_their_cache():

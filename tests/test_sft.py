@@ -300,6 +300,56 @@ def test_the_trainers_loss_equals_the_models_own_without_placeholders(tmp_path):
     assert fused == pytest.approx(own.item(), abs=1e-5)
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("lora", [True, False])
+def test_pre_fusion_is_trained_in_full_on_what_the_collator_marks(tmp_path, lora):
+    model = tiny_model("pre-fusion")
+    trainer = train(model, tmp_path, lora=lora, rows=prompt_dataset(), training={"gradient_checkpointing": True})
+    batch = trainer.data_collator(list(prompt_dataset()))
+    scored = batch["labels"] != -100
+    others = (batch["attention_mask"] == 0) | (batch["input_ids"] == trainer.processing_class.image_token_id)
+    assert torch.equal(batch["instruction_mask"], ~(scored | others)) and batch["instruction_mask"].any(1).all()
+    with torch.no_grad():  # TRL keeps the labels to itself, the mask gets through
+        fused = trainer.compute_loss(trainer.model.eval(), dict(batch))
+        del batch["instruction_mask"]
+        own = trainer.model(**batch).loss
+    assert fused == pytest.approx(own.item(), abs=1e-5)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    # under PEFT the copy is trained, and no adapter stands inside it
+    names = [n for n in before if "modality_prefusion" in n and ("modules_to_save" in n or not lora)]
+    assert len(names) == 24  # two layers of Qwen2
+    assert not any("modality_prefusion" in n and "lora_" in n for n in before)
+    still = [n for n, p in trainer.model.named_parameters() if n in names and torch.equal(p, before[n])]
+    assert all(name.endswith("k_proj.bias") for name in still)
+
+
+def test_text_that_is_all_scored_leaves_pre_fusion_without_instruction(tmp_path, caplog):
+    transformers.utils.logging.warning_once.cache_clear()
+    trainer = train(tiny_model("pre-fusion"), tmp_path, lora=False)
+    batch = trainer.data_collator([message_dataset(1)[0]])
+    assert batch["instruction_mask"].sum() == 0
+    assert "so pre-fusion has no instruction to fuse. Train on answers alone" in caplog.text
+    assert "instruction_mask" not in train(tiny_model("dfmr"), tmp_path, lora=False).data_collator(
+        [message_dataset(1)[0]]
+    )
+
+
+@pytest.mark.compat
+def test_stock_trl_trains_pre_fusion_with_a_warning(tmp_path, caplog):
+    transformers.utils.logging.warning_once.cache_clear()
+    model = tiny_model("pre-fusion")
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=configuration(tmp_path),
+        train_dataset=prompt_dataset(),
+        processing_class=tiny_processor(model),
+    )
+    trainer.train()
+    assert "Pre-fusion takes all text for instruction, answers too" in caplog.text
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 def test_a_budget_in_training_replaces_the_router(tmp_path):
     model = tiny_model("dfmr")
     trainer = train(model, tmp_path, lora=False, visual_token_budget=5)
@@ -407,7 +457,9 @@ def test_trls_own_command_trains_a_saved_checkpoint(tmp_path, base, data):
 
 
 @pytest.mark.compat
-def test_dpo_takes_two_steps(tmp_path, base):
+@pytest.mark.parametrize("preset", ["dfmr", "pre-fusion"])
+def test_dpo_takes_two_steps(tmp_path, preset):
+    base = save(tmp_path / "base", preset)
     rows = Dataset.from_dict(
         {
             "prompt": [turns("")[:1]] * 4,

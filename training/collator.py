@@ -10,23 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from adaptive_llava.training.conversation_data import read_example
 
 
+logger = logging.get_logger(__name__)
+
+
 class ConversationCollator:
-    """Wraps the collator that `SFTTrainer` has built, and changes four things.
+    """Wraps the collator that `SFTTrainer` has built, and changes five things.
 
     * Image placeholders are no labels. TRL scores the backbone's outputs itself, past the masking in our `forward`,
       and would train the model to write one `<image>` per image.
     * Rows begin as they do in generation: TRL never writes the BOS token that LLaMA's tokenizers add.
     * A plain-text `completion` ends with the EOS token, as TRL does for text-only datasets.
     * `<image>` in a user's string stands for an image; see `read_example`.
+    * For pre-fusion, `instruction_mask (B, L)` marks the text that has no label; TRL keeps the labels to itself.
 
     Args:
         collate: TRL's collator.
         processor: The model's processor.
         visual_token_budget: Visual tokens per image in place of the router's choice.
+        marks_instruction: Whether the model has pre-fusion, which must not see the answers.
     """
 
     def __init__(
@@ -35,10 +41,12 @@ class ConversationCollator:
         processor: Any,
         *,
         visual_token_budget: int | None = None,
+        marks_instruction: bool = False,
     ):
         self.collate = collate
         self.processor = processor
         self.visual_token_budget = visual_token_budget
+        self.marks_instruction = marks_instruction
         tokenizer = processor.tokenizer
         ids = tokenizer("a")["input_ids"]
         self._bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
@@ -55,6 +63,14 @@ class ConversationCollator:
                 if name in batch:
                     batch[name] = _prepend(batch[name], value)
         batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.processor.image_token_id, -100)
+        if self.marks_instruction:
+            instruction = (batch["labels"] == -100) & (batch["attention_mask"] != 0)
+            batch["instruction_mask"] = instruction & (batch["input_ids"] != self.processor.image_token_id)
+            if not batch["instruction_mask"].any():
+                logger.warning_once(
+                    "All text of a batch is scored, so pre-fusion has no instruction to fuse. Train on answers alone: "
+                    "`assistant_only_loss=True`, or a dataset with `prompt` and `completion`."
+                )
         if self.visual_token_budget is not None and "pixel_values" in batch:
             batch["visual_token_budget"] = self.visual_token_budget
         return batch

@@ -4,8 +4,8 @@
         --model_name_or_path org/model --dataset_name org/data --output_dir out/my-model
 
 Every option of TRL's `SFTConfig` and `ModelConfig` may stand in the recipe or on the command line, which wins. LoRA
-adapts the linear layers of the language model (`--lora_target_modules all-linear`); the projector and what a
-compressor or router learns are trained in full beside it; the vision tower stays frozen unless
+adapts the linear layers of the language model (`--lora_target_modules all-linear`); the projector, pre-fusion and what
+a compressor or router learns are trained in full beside it; the vision tower stays frozen unless
 `--freeze_vision_tower false`.
 `--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--resume_from_checkpoint last`
 goes on from the newest checkpoint in `output_dir`.
@@ -188,7 +188,10 @@ def build_trainer(
         peft_config=peft_config,
     )
     trainer.data_collator = ConversationCollator(
-        trainer.data_collator, processor, visual_token_budget=visual_token_budget
+        trainer.data_collator,
+        processor,
+        visual_token_budget=visual_token_budget,
+        marks_instruction=model.config.prefusion_layers > 0,
     )
     trained: Any = trainer.model
     if trains_visual_parts(trained):

@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m adaptive_llava train_router", description="Train a classifier router on labelled images."
+        prog="python -m adaptive_llava train-router", description="Train a classifier router on labelled images."
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of an adaptive LLaVA model")
     parser.add_argument("--output", required=True, help="folder to write: the model with its trained router")
