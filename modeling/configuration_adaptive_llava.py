@@ -67,6 +67,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             `vision_feature_layer` alone; `"default"`: that layer and others spread over the tower; `None`: no fusion.
         fusion_variant: `"released"` or `"paper"`; see `multi_block_fusion.py`.
         prefusion_layers: Layers of modality pre-fusion; 0: none. See `modality_prefusion.py`.
+        prefusion_variant: `"released"`: text and visual tokens are fused; `"paper"`: text alone.
         prefusion_padding: What of the text pre-fusion takes for padding: `"attention_mask"`, or `"released"`, which
             also leaves out id 0, as LLaVA-Mini's weights were trained.
         projector_hidden_act: Activation between the projector's two layers.
@@ -98,6 +99,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         fusion_blocks: list[int] | str | None = None,
         fusion_variant: str = "released",
         prefusion_layers: int = 0,
+        prefusion_variant: str = "released",
         prefusion_padding: str = "attention_mask",
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
@@ -125,6 +127,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.fusion_blocks: Any = fusion_blocks
         self.fusion_variant = fusion_variant
         self.prefusion_layers = prefusion_layers
+        self.prefusion_variant = prefusion_variant
         self.prefusion_padding = prefusion_padding
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
@@ -175,7 +178,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             self.build_fusion()
             compressor = self.build_compressor()
             router = self.build_router(compressor)
-        check_prefusion(self.prefusion_layers, self.prefusion_padding, self.text_config, compressor)
+        check_prefusion(
+            self.prefusion_layers, self.prefusion_variant, self.prefusion_padding, self.text_config, compressor
+        )
         self.compressor, self.router = compressor.options, router.options
         grid = (self.vision_grid[0], self.vision_grid[1])
         compressor.ladder(grid)

@@ -1,15 +1,18 @@
 """Text and visual tokens fused with all patches before the language model, so that few visual tokens suffice.
 
 Paper: modality pre-fusion of LLaVA-Mini, https://arxiv.org/abs/2501.03895: decoder layers of the language model's own
-kind over [patches of all images, their visual tokens, text]. Text and visual tokens come out fused; patches end here.
+kind over patches and text; the fused text goes on, the patches end here.
 Shapes: patches (P, dim), visual tokens (S, dim), text (B, L, dim) -> visual tokens (S, dim), text (B, L, dim)
 At the start it changes nothing: the layers' output projections are zero. The paper does not say how it starts.
-Follows the authors' code where the paper is silent: attention is causal, visual tokens are fused too, there is no last
-norm, and no gradient reaches the embeddings of text that is fused. Answers and padding stay raw. There they are masked
-keys, here they are left out of the rows, which comes to the same, since positions count what is attended.
+Differs from the paper's wording, as the authors' code does (`prefusion_variant="released"`): rows are [patches of all
+images, their visual tokens, text], and visual tokens are fused too. With `"paper"` they neither enter nor change.
+As in the authors' code: attention is causal, there is no last norm, and no gradient reaches the embeddings of fused
+text. Answers and padding stay raw; there they are masked keys, here they are left out of the rows, which comes to the
+same, since positions count what is attended.
 Differs from the authors' code: several images in a row; a row without images stays raw whatever its companions are
-(there an all-zero image is put in front of it, unless no row has one); with `padding="attention_mask"` an id 0 that is
-attended counts as text.
+(there an all-zero image is put in front of it, unless no row has one). They take ids <= 0 for padding: with
+`prefusion_padding="released"` an id 0 in the text is left out too, by default the attention mask alone decides.
+Padding of another id is text to them; behind all text it changes nothing, so here it is left out under both rules.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .encoded_images import EncodedBatch
 from .placeholder_layout import holds_segments, segment_starts
 
 
+VARIANTS = ("released", "paper")
 PADDINGS = ("attention_mask", "released")
 
 # Their models are embeddings, layers and a norm, and nothing else touches the hidden states (Gemma scales them).
@@ -71,14 +75,12 @@ class ModalityPrefusion(nn.Module):
         """
         states = torch.cat([visual.to(text), text.flatten(0, 1)])
         if len(rows.source):
-            weights = next(self.decoder.parameters())
-            entering = torch.cat([patches.to(text), visual.to(text), text.detach().flatten(0, 1)]).to(weights)
-            source = rows.source.to(weights.device, non_blocking=True)
-            mask = rows.attention_mask
+            entering = torch.cat([patches.to(text), visual.to(text), text.detach().flatten(0, 1)])
+            source = rows.source.to(text.device, non_blocking=True)
+            embeds = entering.index_select(0, source.flatten()).unflatten(0, source.shape)
+            mask = None if rows.attention_mask is None else rows.attention_mask.to(text.device, non_blocking=True)
             hidden = self.decoder(
-                inputs_embeds=entering.index_select(0, source.flatten()).view(*source.shape, -1),
-                attention_mask=None if mask is None else mask.to(weights.device, non_blocking=True),
-                use_cache=False,
+                inputs_embeds=embeds.to(self.decoder.dtype), attention_mask=mask, use_cache=False
             ).last_hidden_state
             slots, places = (index.to(text.device, non_blocking=True) for index in rows.leaving(len(patches)))
             states = states.index_copy(0, places, hidden.flatten(0, 1).to(states).index_select(0, slots))
@@ -106,7 +108,7 @@ class PrefusionRows:
 
 
 def build_prefusion_rows(
-    batch: EncodedBatch, image_token_id: int, instruction: Tensor, attended: Tensor
+    batch: EncodedBatch, image_token_id: int, instruction: Tensor, attended: Tensor, *, fuse_visual: bool = True
 ) -> PrefusionRows:
     """Say what is fused with what: the images and text of a prompt, or of one segment of packed rows.
 
@@ -115,6 +117,7 @@ def build_prefusion_rows(
         image_token_id: Id of the placeholder.
         instruction: Text that enters and leaves, `(B, L)`.
         attended: Ids that count, `(B, L)`; an image elsewhere stays raw.
+        fuse_visual: Whether visual tokens stand between patches and text, as in the authors' code and weights.
     """
     ids, encoded = batch.input_ids, batch.encoded
     places = (ids == image_token_id).flatten().nonzero().squeeze(1)
@@ -137,7 +140,8 @@ def build_prefusion_rows(
     sequences = []
     for key, images in images_of.items():
         own_text = (text.flatten() & (prompt == key)).nonzero().squeeze(1) + num_patches + num_visual
-        sequences.append(torch.cat([*(patches[i] for i in images), *(visual[i] for i in images), own_text]))
+        own_visual = [visual[image] for image in images] if fuse_visual else []
+        sequences.append(torch.cat([*(patches[image] for image in images), *own_visual, own_text]))
     if not sequences:
         return PrefusionRows(torch.empty(0, 0, dtype=torch.long), None)
     source = pad_sequence(sequences, batch_first=True)
@@ -146,17 +150,20 @@ def build_prefusion_rows(
     return PrefusionRows(source, None if bool(mask.all()) else mask.long())
 
 
-def check_prefusion(layers: Any, padding: Any, text_config: PretrainedConfig, compressor: Compressor) -> None:
+def check_prefusion(
+    layers: Any, variant: Any, padding: Any, text_config: PretrainedConfig, compressor: Compressor
+) -> None:
     """Refuse a pre-fusion that cannot be built.
 
     Raises:
-        ValueError: Not a number of layers, an unknown padding rule, a language model whose layers cannot stand alone,
-            or a compressor without a projector that takes patches.
+        ValueError: Not a number of layers, an unknown variant or padding rule, a language model whose layers cannot
+            stand alone, or a compressor without a projector that takes patches.
     """
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
         raise ValueError(f"`prefusion_layers={layers!r}` must be a whole number of layers; 0 is none.")
-    if padding not in PADDINGS:
-        raise ValueError(f"`prefusion_padding={padding!r}` is unknown. Pass one of: {', '.join(PADDINGS)}.")
+    for name, value, known in (("variant", variant, VARIANTS), ("padding", padding, PADDINGS)):
+        if value not in known:
+            raise ValueError(f"`prefusion_{name}={value!r}` is unknown. Pass one of: {', '.join(known)}.")
     if layers == 0:
         return
     if text_config.model_type not in LANGUAGE_MODELS:

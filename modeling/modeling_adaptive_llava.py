@@ -338,7 +338,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             attended = attended if slots is None else attended & (slots >= cached)
         if self.config.prefusion_padding == "released":
             instruction = (instruction != 0) & (ids > 0)
-        rows = build_prefusion_rows(batch, self._placeholder, instruction != 0, attended)
+        rows = build_prefusion_rows(
+            batch,
+            self._placeholder,
+            instruction != 0,
+            attended,
+            fuse_visual=self.config.prefusion_variant == "released",
+        )
         visual, text = self.modality_prefusion(batch.encoded.patches, visual, text, rows)
         return text, visual
 
@@ -351,7 +357,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         visual_rungs: Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Projected visual tokens per image, in transformers' contract.
+        """Projected visual tokens per image, in transformers' contract; pre-fusion, which needs a prompt, comes later.
 
         Returns:
             On transformers 5.x a `BaseModelOutputWithPooling` whose `pooler_output` lists one `(tokens, text_dim)` per

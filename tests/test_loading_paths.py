@@ -190,6 +190,11 @@ def test_a_checkpoint_loads_as_remote_code_where_the_package_is_absent(auto_clas
     assert report["module"].startswith("transformers_modules.")
 
 
+def test_pre_fusion_loads_as_remote_code_where_the_package_is_absent(tmp_path):
+    folder = save_checkpoint(tmp_path / "tiny", preset="pre-fusion")
+    check_report(load_afresh(folder, "AutoModelForImageTextToText", tmp_path), "AutoModelForImageTextToText")
+
+
 @pytest.mark.parametrize("auto_class", [*auto_classes_here(), *(["AutoModelForVision2Seq"] if IS_5 else [])])
 def test_an_installed_package_needs_no_trust(auto_class, checkpoint, tmp_path):
     report = load_afresh(checkpoint, auto_class, tmp_path, package="present", trust=False)

@@ -206,6 +206,21 @@ def test_what_is_fused_in_a_row_does_not_depend_on_its_companions(side):
 
 
 @torch.no_grad()
+def test_visual_tokens_stay_out_as_the_paper_says_it():
+    model, ids = tiny_model("avg-pool", prefusion_layers=2, prefusion_variant="paper"), torch.tensor([ROWS[0]])
+    encoded, embeddings = model.encode_images(tiny_images(1)), model.get_input_embeddings()(torch.tensor([ROWS[0]]))
+    text, visual = model.model.fuse_modalities(embeddings, EncodedBatch(ids, None, None, encoded, True))
+    assert torch.equal(visual, encoded.values)
+    row = torch.cat([encoded.patches, embeddings[0, [0, 2, 3]]]).unsqueeze(0)
+    expected = model.model.modality_prefusion.decoder(inputs_embeds=row).last_hidden_state[0, 36:]
+    assert largest(text[0, [0, 2, 3]] - expected) <= 1e-5
+    # training goes on where nothing is instruction, and every layer still joins with weight 0
+    with torch.enable_grad():
+        model.train()(input_ids=ids, pixel_values=tiny_images(1), labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.modality_prefusion.parameters())
+
+
+@torch.no_grad()
 def test_the_overview_beside_a_mosaic_stands_behind_its_patches():
     model = tiny_model("avg-pool", prefusion_layers=1)
     features = model.model.extract_features(tiny_images(2))
@@ -452,6 +467,7 @@ def test_embeddings_may_grow_and_be_tied_beside_pre_fusion(tmp_path):
         ({"prefusion_layers": -1}, r"`prefusion_layers=-1` must be a whole number of layers; 0 is none"),
         ({"prefusion_layers": 2.0}, r"`prefusion_layers=2.0` must be a whole number"),
         ({"prefusion_layers": True}, r"`prefusion_layers=True` must be a whole number"),
+        ({"prefusion_variant": "both"}, r"`prefusion_variant='both'` is unknown. Pass one of: released, paper"),
         ({"prefusion_padding": "ids"}, r"`prefusion_padding='ids'` is unknown. Pass one of: attention_mask, released"),
         (
             {"prefusion_layers": 2, "compressor": {"type": "token_concat", "window": 2}},
