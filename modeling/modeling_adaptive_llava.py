@@ -111,7 +111,7 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # by name: as remote code, the config brings classes of its own copy of these files
-        if hasattr(module, "initialise"):
+        if hasattr(module, "initialise") and not _is_loaded(module):
             module.initialise()  # last: transformers has visited the layers inside
 
     def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
@@ -714,6 +714,11 @@ class AdaptiveLlavaForConditionalGeneration(
         return super().generate(*args, **kwargs)
 
     generate.__doc__ = PlaceholderGenerationMixin.generate.__doc__
+
+
+def _is_loaded(part: nn.Module) -> bool:
+    # transformers 5 marks the weights that a checkpoint has brought
+    return all(getattr(parameter, "_is_hf_initialized", False) for parameter in part.parameters())
 
 
 def _is_trainable(part: nn.Module) -> bool:

@@ -19,6 +19,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router": {"type": "fixed"},
         "fusion_blocks": "default",
     },
+    "llava-mini": {
+        "compressor": {"type": "query_resampler", "counts": [1], "key_positions": "enlarged"},
+        "router": {"type": "fixed"},
+        "prefusion_layers": 4,
+    },
+    "dynamic-resampler": {
+        "compressor": {"type": "query_resampler", "counts": [1, 256]},
+        "router": {"type": "classifier"},
+    },
+    "dynamic-resampler-multi": {
+        "compressor": {"type": "query_resampler", "counts": [1, 4, 16, 64, 256]},
+        "router": {"type": "classifier"},
+    },
 }
 
 PRESET_ALIASES = {"llava-zip": "dfmr", "llava-stf": "stf-mbtf"}

@@ -35,10 +35,18 @@ TINY_ROUTERS = {
     "pixel_std": {"type": "pixel_std"},
 }
 PRESETS_HERE = ["llava", "avg-pool", "random-pool", "token-concat", "dfmr", "mbtf", "stf", "stf-mbtf"]
-# Presets with further fields, by a name that `tiny_model` takes too.
-TINY_VARIANTS = {"pre-fusion": ("dfmr", {"prefusion_layers": 2})}
-MODELS_HERE = [*PRESETS_HERE, *TINY_VARIANTS]
-PRESETS_TO_COME = ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
+PRESETS_HERE += ["llava-mini", "dynamic-resampler", "dynamic-resampler-multi"]
+# Presets with other fields, by their own name or one more that `tiny_model` takes.
+TINY_VARIANTS = {
+    "pre-fusion": ("dfmr", {"prefusion_layers": 2}),
+    "llava-mini": ("llava-mini", {"prefusion_layers": 2}),
+    "dynamic-resampler": ("dynamic-resampler", {"compressor": {"type": "query_resampler", "counts": [1, 9]}}),
+    "dynamic-resampler-multi": (
+        "dynamic-resampler-multi",
+        {"compressor": {"type": "query_resampler", "counts": [1, 4, 9]}},
+    ),
+}
+MODELS_HERE = [*PRESETS_HERE, "pre-fusion"]
 
 
 def tiny_vision_config(kind: str = "clip", image_size: int = 24):

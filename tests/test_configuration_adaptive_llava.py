@@ -9,10 +9,13 @@ from transformers import AutoConfig, CLIPVisionConfig, MobileNetV2Config
 
 from adaptive_llava import AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.modeling.preset_table import PRESET_ALIASES, PRESETS
-from tests.conftest import IMAGE_TOKEN, PRESETS_HERE, PRESETS_TO_COME, tiny_model, tiny_text_config, tiny_vision_config
+from tests.conftest import IMAGE_TOKEN, PRESETS_HERE, tiny_model, tiny_text_config, tiny_vision_config
 
 
 pytestmark = pytest.mark.compat
+
+
+CLASSIFIER = {"type": "classifier", "features": "cls", "blocks": [], "hidden_dim": 1024, "threshold": 0.5}
 
 
 def tiny_config(preset: str = "llava", **fields) -> AdaptiveLlavaConfig:
@@ -33,9 +36,8 @@ def test_the_default_config_is_llava_with_576_tokens():
     assert (config.vision_feature_dim, config.vision_grid, config.adaptive_llava_format) == (1024, [24, 24], 1)
 
 
-def test_presets_of_the_design_are_here_or_listed_as_to_come():
+def test_every_preset_of_the_design_is_here_and_tested():
     assert sorted(PRESETS) == sorted(PRESETS_HERE)
-    assert not set(PRESETS_HERE) & set(PRESETS_TO_COME)
     assert set(PRESET_ALIASES.values()) <= set(PRESETS)
 
 
@@ -52,6 +54,9 @@ def test_presets_of_the_design_are_here_or_listed_as_to_come():
         ("mbtf", (576,), {"type": "fixed", "rung": -1}),
         ("stf-mbtf", (144,), {"type": "fixed", "rung": -1}),
         ("llava-stf", (144,), {"type": "fixed", "rung": -1}),
+        ("llava-mini", (1,), {"type": "fixed", "rung": -1}),
+        ("dynamic-resampler", (1, 256), CLASSIFIER),
+        ("dynamic-resampler-multi", (1, 4, 16, 64, 256), CLASSIFIER),
     ],
 )
 def test_a_preset_has_the_counts_and_options_of_its_paper(preset, counts, router):
@@ -60,7 +65,7 @@ def test_a_preset_has_the_counts_and_options_of_its_paper(preset, counts, router
     assert config.router == router
 
 
-@pytest.mark.parametrize("preset", [*PRESETS_TO_COME, "LLaVA", ""])
+@pytest.mark.parametrize("preset", ["LLaVA", ""])
 def test_a_preset_that_is_not_there_is_refused_with_the_known_ones(preset):
     with pytest.raises(ValueError, match=rf"`preset='{preset}'` is unknown. Known presets: llava, avg-pool, .*dfmr"):
         AdaptiveLlavaConfig.from_preset(preset)

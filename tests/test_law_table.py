@@ -118,9 +118,13 @@ def test_a_saved_model_loads_with_the_same_bits(name, tmp_path):
     again = type(model).from_pretrained(tmp_path).eval()
     assert again.config.to_dict()["compressor"] == model.config.to_dict()["compressor"]
     assert again.config.to_dict()["router"] == model.config.to_dict()["router"]
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in saved.items())
     with torch.no_grad():
         expected, found = (one(input_ids=ROWS, pixel_values=tiny_images(3)) for one in (model, again))
-    assert torch.equal(found.logits, expected.logits)
+    # weights that lie elsewhere in memory may round the product of a single row otherwise
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-6)
     assert torch.equal(found.visual_rungs, expected.visual_rungs)
 
 
@@ -189,6 +193,7 @@ def views(grid: tuple[int, int], number: int = 2) -> VisionFeatures:
         cls=patches[:, 0],
         pixels=torch.randn(number, 3, 4 * grid[0], 4 * grid[1], generator=generator),
         views_per_image=(1,) * number,
+        blocks={1: patches + 1},
         layer_cls=patches[:, 1],
     )
 
