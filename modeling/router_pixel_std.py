@@ -28,6 +28,5 @@ class PixelStdRouter(WindowSpreadRouter):
     smallest_window = 1
 
     def spreads(self, features: VisionFeatures, windows: Sequence[int]) -> list[Tensor]:
-        pixels = features.pixels.cpu() if features.pixels.device.type == "mps" else features.pixels  # has no float64
-        steps = (pixels.bfloat16().double() * PIXEL_STEPS).round()
+        steps = (features.pixels.bfloat16().double() * PIXEL_STEPS).round()
         return [pixel_spread(steps, features.grid, window).float() for window in windows]
