@@ -205,6 +205,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         visual_token_budget: Budget = None,
         visual_rungs: Sequence[int] | Tensor | None = None,
         images_per_prompt: Sequence[int] | None = None,
+        features: VisionFeatures | None = None,
     ) -> EncodedImages:
         """Encode, route, compress and project images once; the result serves many prompts.
 
@@ -214,11 +215,12 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             visual_token_budget: Who decides; see `resolve_rungs`.
             visual_rungs: One rung per image, replayed exactly.
             images_per_prompt: Images of each prompt, for `{"total": n}`.
+            features: Result of `extract_features` on these images, to encode them at several counts.
 
         Raises:
             ValueError: Images of a wrong shape, or a budget that no rung fits.
         """
-        features = self.extract_features(pixel_values)
+        features = self.extract_features(pixel_values) if features is None else features
         routing = self.router(features)
         rungs = self._rungs(
             features,
@@ -709,7 +711,7 @@ class AdaptiveLlavaForConditionalGeneration(
         if self.model.has_untrained_router and kwargs.get("visual_token_budget") in (None, "auto"):
             logger.warning_once(
                 "This model's router was never trained and gives every image the most tokens. Train it with "
-                "`python -m adaptive_llava train_router`, or pass `visual_token_budget`."
+                "`python -m adaptive_llava train-router`, or pass `visual_token_budget`."
             )
         return super().generate(*args, **kwargs)
 

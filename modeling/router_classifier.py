@@ -30,7 +30,7 @@ class ClassifierRouter(Router):
     for two rungs P(document). A view whose features are not finite gets the most tokens.
 
     Untrained, it gives every view the most tokens. Its weights are frozen: a language model's loss does not reach them
-    through the hard choice. `python -m adaptive_llava train_router` trains them; joint training switches them on.
+    through the hard choice. `python -m adaptive_llava train-router` trains them; joint training switches them on.
 
     Args:
         dim: Width of one hidden state of the vision tower.

@@ -95,7 +95,7 @@ def test_examples_are_the_first_of_each_kind_whether_right_or_wrong():
 
 
 def test_all_cells_of_documents_are_asked_about(tmp_path):
-    entries = quickstart._write_images(render_images(60, seed=0), tmp_path)
+    entries = quickstart.write_images(render_images(60, seed=0), tmp_path)
     asked = {question for entry in entries if entry["kind"] == "document" for question, _ in entry["questions"]}
     assert len(asked) == 16
     assert all(len(entry["questions"]) == 2 and Path(entry["path"]).is_file() for entry in entries)

@@ -489,7 +489,9 @@ def test_assistant_only_loss_is_refused_before_transformers_5_18(tmp_path, base,
 def test_arguments_that_do_not_go_together_are_refused(tmp_path, base, data):
     with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
         main(["--config", LORA, "--output_dir", str(tmp_path), "--dataset_name", data])
-    with pytest.raises(ValueError, match="there is no such file. Pass a path, or one of .*: full.yaml, lora.yaml"):
+    with pytest.raises(
+        ValueError, match="there is no such file. Pass a path, or one of .*: full.yaml, joint_routing.yaml, lora.yaml"
+    ):
         main(["--config", "lroa.yaml"])
     with pytest.raises(ValueError, match="`merge=True` merges a LoRA adapter"):
         command(base, data, tmp_path, "--merge", "true", recipe=FULL)

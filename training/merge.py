@@ -42,6 +42,8 @@ def merge_adapter(
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         if trained:
             merged.config.compressor_trained = True
+        if "model.router" in (config.modules_to_save or ()):
+            merged.config.router_training = {"method": "joint_routing"}  # nothing else trains one beside an adapter
         merged.save_pretrained(folder)
         AdaptiveLlavaProcessor.from_pretrained(str(adapter)).save_pretrained(folder)
     return Path(target)

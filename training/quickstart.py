@@ -222,7 +222,7 @@ def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[st
                 "before": str((output / "model_before_lora").resolve()),
                 "after": str((output / "model").resolve()),
             },
-            "images": _write_images(held_out, output / "held_out"),
+            "images": write_images(held_out, output / "held_out"),
             "own_images": [str(path.resolve()) for path in own_images],
             "output": str(answers_file),
         }
@@ -334,7 +334,7 @@ def _quieten_libraries() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def _write_images(images: Sequence[RenderedImage], folder: Path) -> list[dict[str, Any]]:
+def write_images(images: Sequence[RenderedImage], folder: Path) -> list[dict[str, Any]]:
     """Saves images as PNG; two questions are asked about each, in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []

@@ -8,7 +8,8 @@ adapts the linear layers of the language model (`--lora_target_modules all-linea
 a compressor or router learns are trained in full beside it; the vision tower stays frozen unless
 `--freeze_vision_tower false`.
 `--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--resume_from_checkpoint last`
-goes on from the newest checkpoint in `output_dir`.
+goes on from the newest checkpoint in `output_dir`. `--threshold_schedule learning_rate` shows each image at varying
+counts (DFMR as data augmentation, see `threshold_schedule.py`).
 
 A dataset is a Hub id, a folder, or a parquet or json file with `images` and either `messages`, or `prompt` and
 `completion`. Loss: all text, the completion alone (the default for `prompt` and `completion`), or what the assistant
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ from adaptive_llava.training.lora_targets import (
     trains_visual_parts,
 )
 from adaptive_llava.training.merge import merge_adapter
+from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -70,6 +73,7 @@ class SftArguments(ScriptArguments):
         eval_dataset_name: Dataset to evaluate on; by default the `dataset_test_split` of `dataset_name`.
         freeze_vision_tower: Leave the vision tower as it is.
         visual_token_budget: Visual tokens per image in training and evaluation, in place of the router's choice.
+        threshold_schedule: `learning_rate`: in training the router's thresholds follow the learning rate.
         merge: Merge the LoRA adapter after training and save the full model as `<output_dir>/merged`.
     """
 
@@ -80,13 +84,18 @@ class SftArguments(ScriptArguments):
     visual_token_budget: int | None = field(
         default=None, metadata={"help": "Visual tokens per image in place of the router's choice."}
     )
+    threshold_schedule: str | None = field(
+        default=None, metadata={"help": "'learning_rate': the router's thresholds follow the learning rate."}
+    )
     merge: bool = field(default=False, metadata={"help": "Also save the merged model as `<output_dir>/merged`."})
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[SftArguments, SFTConfig, ModelConfig]:
+def parse_arguments(
+    arguments: list[str] | None = None, *, config_class: type[SFTConfig] = SFTConfig, command: str = "sft"
+) -> tuple[SftArguments, Any, ModelConfig]:
     """Read recipe and command line; our defaults differ from TRL's where a vision model needs it."""
-    kinds: Any = (SftArguments, SFTConfig, ModelConfig)
-    parser = TrlParser(kinds, prog="python -m adaptive_llava.training.sft")
+    kinds: Any = (SftArguments, config_class, ModelConfig)
+    parser = TrlParser(kinds, prog=f"python -m adaptive_llava.training.{command}")
     parser.set_defaults(max_length=None)  # a limit would cut placeholders off
     if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         parser.set_defaults(bf16=False)
@@ -149,6 +158,8 @@ def build_trainer(
     model_arguments: ModelConfig | None = None,
     train_vision_tower: bool = False,
     visual_token_budget: int | None = None,
+    threshold_schedule: str | None = None,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
 ) -> SFTTrainer:
     """A stock `SFTTrainer` with this package's LoRA targets, frozen parts and collator.
 
@@ -161,9 +172,13 @@ def build_trainer(
         model_arguments: Use LoRA if its `use_peft` is set.
         train_vision_tower: Train the vision tower too.
         visual_token_budget: Visual tokens per image in place of the router's choice.
+        threshold_schedule: `"learning_rate"` moves the router's thresholds with the learning rate; see
+            `threshold_schedule.py`.
+        trainer_class: `SFTTrainer`, or one derived from it.
 
     Raises:
-        ValueError: A budget below the smallest count, unknown LoRA targets, or what TRL refuses.
+        ValueError: A budget below the smallest count, unknown LoRA targets, a threshold schedule where the router
+            has no thresholds, or what TRL refuses.
     """
     smallest = model.config.visual_token_counts[0]
     if visual_token_budget is not None and visual_token_budget < smallest:
@@ -171,6 +186,14 @@ def build_trainer(
             f"`visual_token_budget={visual_token_budget}` is below the smallest count this model can produce "
             f"({smallest} tokens). Pass at least {smallest}, or leave it out for the router's choice."
         )
+    schedule = None if threshold_schedule is None else ThresholdSchedule(threshold_schedule)
+    if schedule is not None:
+        routed_by_thresholds(model)
+        if processor.layout != "compact":
+            raise ValueError(
+                f"`threshold_schedule={threshold_schedule!r}` varies token counts inside the model, and the "
+                f"processor's layout {processor.layout!r} fixes them beforehand. Set `processor.layout = 'compact'`."
+            )
     peft_config: Any = None
     if model_arguments is not None and model_arguments.use_peft:
         peft_config = get_peft_config(model_arguments)
@@ -179,13 +202,14 @@ def build_trainer(
         peft_config.modules_to_save = [*own, *(peft_config.modules_to_save or [])] or None
     elif not train_vision_tower:
         freeze_vision_tower(model)
-    trainer = SFTTrainer(
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=peft_config,
+        callbacks=None if schedule is None else [schedule],
     )
     trainer.data_collator = ConversationCollator(
         trainer.data_collator,
@@ -201,7 +225,27 @@ def build_trainer(
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     """Train as the recipe and the command line say."""
-    script, training, model_arguments = parse_arguments(arguments)
+    return fine_tune(*parse_arguments(arguments))
+
+
+def fine_tune(
+    script: SftArguments,
+    training: SFTConfig,
+    model_arguments: ModelConfig,
+    *,
+    build: Callable[..., SFTTrainer] = build_trainer,
+) -> SFTTrainer:
+    """Load model and data, train, and save.
+
+    Args:
+        script: Dataset and what is particular to these models.
+        training: TRL's configuration.
+        model_arguments: Model, and LoRA.
+        build: Makes the trainer; takes the arguments of `build_trainer`.
+
+    Raises:
+        ValueError: Arguments that are missing or do not go together.
+    """
     check_arguments(script, training, model_arguments)
     name, revision = str(model_arguments.model_name_or_path), model_arguments.model_revision
     dataset_name = str(script.dataset_name)
@@ -219,7 +263,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     model = AdaptiveLlavaForConditionalGeneration.from_pretrained(
         name, attn_implementation=model_arguments.attn_implementation, quantization_config=quantization, **loading
     )
-    trainer = build_trainer(
+    trainer = build(
         model,
         AdaptiveLlavaProcessor.from_pretrained(name, revision=revision),
         training,
@@ -228,6 +272,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         model_arguments=model_arguments,
         train_vision_tower=not script.freeze_vision_tower,
         visual_token_budget=script.visual_token_budget,
+        threshold_schedule=script.threshold_schedule,
     )
     resume = training.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true") else resume)

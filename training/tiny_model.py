@@ -78,8 +78,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int = 0) -> tuple[AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor]:
-    """An untrained model of the `dfmr` preset with 16, 4 or 1 visual tokens per image, and its processor."""
+def build_model(seed: int = 0, **fields: Any) -> tuple[AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor]:
+    """An untrained model of the `dfmr` preset with 16, 4 or 1 visual tokens per image, and its processor.
+
+    Args:
+        seed: Of the weights.
+        fields: Config fields that override the preset's, such as another `router`.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     shape = {"hidden_size": _WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * _WIDTH}
@@ -104,6 +109,7 @@ def build_model(seed: int = 0) -> tuple[AdaptiveLlavaForConditionalGeneration, A
         tokenizer=tokenizer,
         vision_feature_layer=-1,
         compressor={"type": "average_pool", "factors": list(FACTORS)},
+        **fields,
     )
     with torch.no_grad():
         nn.init.normal_(text.get_input_embeddings().weight, std=_EMBEDDING_SCALE)

@@ -1,8 +1,8 @@
 """Train a classifier router on labelled images and write it into a checkpoint.
 
-    python -m adaptive_llava train_router --model my_model --output routed \
+    python -m adaptive_llava train-router --model my_model --output routed \
         --positive data/docvqa data/textvqa data/chartqa --negative data/vqav2 data/st_vqa data/localized_narratives
-    python -m adaptive_llava train_router --model my_model --output routed --source photos=my_photos \
+    python -m adaptive_llava train-router --model my_model --output routed --source photos=my_photos \
         --source charts=my_charts --source pages=org/scans --rung photos=0 --rung charts=1 --rung pages=top
 
 The first command has the sources of the DynamicResampler report, which trains its router apart from the model: pages,
