@@ -162,7 +162,8 @@ def _assemble(
         part = getattr(inner, name)
         if part is not None:
             part.apply(model._init_weights)
-            part.to(device=parameter.device)
+            # beside backbones without storage, whose weights a converter writes, new parts are real all the same
+            part.to(device="cpu" if parameter.is_meta else parameter.device)
             for own in part.parameters():  # alone: rotary frequencies are buffers that lose their meaning in bf16
                 own.data = own.data.to(parameter.dtype)
     if generation is not None:

@@ -60,3 +60,26 @@ CHATML_CHAT_TEMPLATE = (
 )
 
 CHAT_TEMPLATES = {"vicuna": VICUNA_CHAT_TEMPLATE, "chatml": CHATML_CHAT_TEMPLATE}
+
+
+def with_joined_content(template: str, system: str | None = None) -> str:
+    """A language model's own template, which knows text alone, for messages with images.
+
+    Args:
+        template: Jinja source that reads each message's `content` as a string.
+        system: System prompt of chats that bring none.
+    """
+    default = "[]" if system is None else f"[{{'role': 'system', 'content': {system!r}}}]"
+    return (
+        _CONTENT
+        + "{%- set joined = namespace(messages=[]) -%}"
+        + "{%- if messages[0].role != 'system' -%}{%- set joined.messages = "
+        + default
+        + " -%}{%- endif -%}"
+        + "{%- for message in messages -%}"
+        + "{%- set part = {'role': message.role, 'content': content(message)} -%}"
+        + "{%- set joined.messages = joined.messages + [part] -%}"
+        + "{%- endfor -%}"
+        + "{%- set messages = joined.messages -%}"
+        + template
+    )

@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.__main__ import main
 from adaptive_llava.training.convert import convert, describe
 from adaptive_llava.training.whole_folder import whole_folder
-from tests.conftest import BOS, EOS, IMAGE_TOKEN, PAD, tiny_text_config, tiny_vision_config
+from tests.conftest import BOS, EOS, IMAGE_TOKEN, PAD, PRESETS_HERE, tiny_text_config, tiny_vision_config
 from tests.fresh_process import run_without_package
 
 
@@ -106,6 +107,21 @@ def test_the_llava_preset_gives_the_logits_and_text_of_the_source(llava, tmp_pat
     assert our_text == text
 
 
+def test_tied_embeddings_of_transformers_layout_stay_tied(llava, tmp_path):
+    config = LlavaConfig.from_pretrained(llava)
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    stock = LlavaForConditionalGeneration(config)
+    for path in llava.iterdir():
+        if path.name not in ("model.safetensors", "config.json"):
+            (tmp_path / "source").mkdir(exist_ok=True)
+            (tmp_path / "source" / path.name).symlink_to(path)
+    stock.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    found = AdaptiveLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert found.config.tie_word_embeddings and found.lm_head.weight is found.get_input_embeddings().weight
+    assert torch.equal(found.lm_head.weight, stock.get_input_embeddings().weight)
+
+
 LOAD = """
 import sys
 from PIL import Image
@@ -146,20 +162,36 @@ def test_fused_blocks_are_described(llava, tmp_path):
     assert "tokens       9 (rung 0) per image" in lines and not any("fine-tune" in line for line in lines)
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("preset", PRESETS_HERE)
+def test_a_conversion_equals_the_model_made_in_memory(llava, tmp_path, preset):
+    stock = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32)
+    torch.manual_seed(0)
+    convert(llava, tmp_path / "ours", preset, max_shard_bytes=50_000)
+    torch.manual_seed(0)
+    expected = AdaptiveLlavaForConditionalGeneration.from_llava(stock, preset=preset)
+    found = AdaptiveLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert found.config.compressor == expected.config.compressor and found.config.router == expected.config.router
+    assert found.config.compressor_trained == expected.config.compressor_trained
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("llava_llama", "llava_llama.*LlavaLlamaForCausalLM.*convert_llava_weights_to_hf"),
-        ("llava_next", "llava_next.*only 'llava' is known"),
+        ("llava_next", r"LLaVA-1.5 in transformers' layout, but:\n.*`model_type` llava, here: llava_next"),
+        ("vipllava", "of no known kind"),
         ("adaptive_llava", "an adaptive LLaVA model already"),
     ],
 )
-def test_other_architectures_are_refused_by_name(tmp_path, model_type, message):
+def test_other_architectures_are_refused_by_name(llava, tmp_path, model_type, message):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "config.json").write_text(
-        json.dumps({"model_type": model_type, "architectures": ["LlavaLlamaForCausalLM"]})
-    )
+    (source / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (source / "model.safetensors").symlink_to(llava / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "ours", "llava")
     assert not (tmp_path / "ours").exists()
