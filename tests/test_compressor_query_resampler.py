@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptive_llava import AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.modeling.compressor_query_resampler import QueryResamplerCompressor
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
-from adaptive_llava.training.llava_mini_weights import query_resampler_weights
+from adaptive_llava.training.golden_parity import released_state
 from tests.conftest import tiny_text_config, tiny_vision_config
 
 
@@ -67,9 +67,7 @@ def test_two_patches_are_weighed_as_by_hand():
 def test_tokens_equal_those_of_llava_minis_code(shared, side):
     golden = load_file(shared / "golden" / "llava_mini" / f"compressor_C{side}.safetensors")
     compressor = build(counts=[side * side], num_heads=8, key_positions="enlarged", initialisation="normal")
-    prefix = "weight.compressor."
-    released = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
-    compressor.load_state_dict(query_resampler_weights(released))
+    compressor.load_state_dict(released_state(golden, "llava-mini", "compressor"))
     views = views_of(golden["input.features"], (8, 8))
     with torch.no_grad():
         tokens = compressor.compress(views, 0)
@@ -80,25 +78,6 @@ def test_tokens_equal_those_of_llava_minis_code(shared, side):
     torch.testing.assert_close(weights, golden["output.attn_mean_over_heads"], rtol=0, atol=1e-5)
     torch.testing.assert_close(key_positions, golden["output.key_pos_embed"], rtol=0, atol=1e-5)
     torch.testing.assert_close(halved.float(), golden["output.tokens"], rtol=0.05, atol=0.05)
-
-
-def test_released_weights_convert_piece_by_piece(shared):
-    golden = load_file(shared / "golden" / "llava_mini" / "compressor_C2.safetensors")
-    prefix = "weight.compressor."
-    released = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
-    pieces: dict[str, Tensor] = {}
-    for name, weight in released.items():
-        pieces |= query_resampler_weights({name: weight})
-    assert set(pieces) == set(build(counts=[4]).state_dict())
-    assert torch.equal(torch.cat([pieces[f"{part}_proj.weight"] for part in "qkv"]), released["attn.in_proj_weight"])
-
-
-def test_tensors_that_are_not_llava_minis_are_refused():
-    with pytest.raises(ValueError, match="'mlp.0.weight', which LLaVA-Mini's compressor does not have"):
-        query_resampler_weights({"mlp.0.weight": torch.zeros(2, 2)})
-    for shape in ((4, 32), (3, 32)):
-        with pytest.raises(ValueError, match=r"`pos_embed` of shape \(\d, 32\) is not the sine-cosine table"):
-            query_resampler_weights({"pos_embed": torch.zeros(shape)})
 
 
 def reference_position(row: float, column: float, dim: int, cell: float | None) -> np.ndarray:

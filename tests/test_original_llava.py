@@ -17,7 +17,7 @@ from adaptive_llava.modeling.preset_table import PRESETS
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
 from adaptive_llava.training.checkpoint_shards import CheckpointFiles
 from adaptive_llava.training.convert import convert, describe
-from adaptive_llava.training.original_llava import fused_windows, original_image_processor
+from adaptive_llava.training.original_llava import check_stored_positions, fused_windows, original_image_processor
 from tests.conftest import tiny_images, tiny_text_config
 from tests.fresh_process import run_without_package
 from tests.original_checkpoints import (
@@ -390,3 +390,9 @@ def test_llava_mini_gives_the_authors_tokens(tmp_path, shared):
     for name, value in layers_only.items():
         found = [own for own in prefusion if own.endswith(name.removeprefix("model.prefusion_"))]
         assert len(found) == 1 and torch.equal(prefusion[found[0]], value)
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (3, 32)])
+def test_positions_that_are_not_llava_minis_own_are_refused(shape):
+    with pytest.raises(ValueError, match=r"pos_embed` of shape \(\d, 32\) is not the sine-cosine table"):
+        check_stored_positions(torch.zeros(shape))

@@ -228,6 +228,8 @@ def _from_authors(
     else:
         fields, assumed = original_llava.system_options(found, weights.shapes, vision, preset, **options)
         notes += assumed
+        if "model.compressor.pos_embed" in weights.shapes:
+            original_llava.check_stored_positions(weights.files.read("model.compressor.pos_embed"))
         config = AdaptiveLlavaConfig.from_preset(
             preset, vision_config=vision, text_config=text, image_token_id=image_token_id, **fields
         )

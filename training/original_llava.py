@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, PretrainedConfig
 
 from adaptive_llava.modeling.multi_block_fusion import default_fusion_blocks
+from adaptive_llava.modeling.sincos_positions import sincos_positions
 from adaptive_llava.processing.chat_templates import CHAT_TEMPLATES, with_joined_content
 
 
@@ -167,6 +170,22 @@ def fused_windows(reads: int, width: int, window: int | None = None) -> tuple[in
         f"The projector reads {reads} numbers, which is no window of patches of width {width}"
         + (f" with `--window {window}`: window * window * {width} must be a multiple of it." if window else ".")
     )
+
+
+def check_stored_positions(table: Tensor) -> None:
+    """Refuse a LLaVA-Mini whose stored query positions are not those that its model computes by itself.
+
+    Args:
+        table: `model.compressor.pos_embed`, `(C * C, dim)`; it may have been rounded to half precision.
+    """
+    side = math.isqrt(len(table))
+    places = torch.arange(side)
+    own = sincos_positions(places, places, table.shape[1]) if side * side == len(table) else None
+    if own is None or not torch.allclose(table.float(), own, rtol=0, atol=1e-2):
+        raise ValueError(
+            f"`model.compressor.pos_embed` of shape {tuple(table.shape)} is not the sine-cosine table of a square "
+            "grid, as LLaVA-Mini stores it, and this package computes positions. Such weights cannot be converted."
+        )
 
 
 def original_image_processor(found: Mapping[str, Any], tower: Path, vision: PretrainedConfig) -> Any:
