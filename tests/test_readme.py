@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from adaptive_llava import PRESETS
+from adaptive_llava.__main__ import COMMANDS
 from adaptive_llava.training.readme_figures import BLOCKS, ROOT, fill, main
 from tests.conftest import PRESETS_HERE
 
 
 README = (ROOT / "README.md").read_text()
-MODULES = sorted(
-    set(re.findall(r"python -m (adaptive_llava(?:\.\w+)*(?: (?:calibrate|convert|freeze-budget))?)", README))
-)
+MODULES = sorted(set(re.findall(rf"python -m (adaptive_llava(?:\.\w+)*(?: (?:{'|'.join(COMMANDS)}))?)", README)))
 
 
 def test_figures_are_those_of_the_result_files(capsys):

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from adaptive_llava.training.calibrate import calibrate_thresholds
+from adaptive_llava.training.classifier_study import compare_scores, pooled_states, rendered_inputs
 from adaptive_llava.training.image_source import open_images
 from adaptive_llava.training.mobilenet_tower import load_mobilenet_tower, mobilenet_pixels
-from adaptive_llava.training.routing_study import KINDS, area_under_curve, conclusion, main, mobilenet_dfmr
+from adaptive_llava.training.routing_study import KINDS, conclusion, main, mobilenet_dfmr
+from adaptive_llava.training.train_router import replace_router
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_real_images_are_calibrated_to_200_of_576_tokens(real):
 
 def test_the_study_reports_every_kind_and_copies_no_image(shared, weights, tmp_path, capsys):
     arguments = ["--data-root", str(shared / "data"), "--weights", str(weights), "--output", str(tmp_path)]
-    assert main([*arguments, "--limit", "8", "--image-size", "192", "--target-mean", "60"]) == 0
+    assert main([*arguments, "--limit", "8", "--image-size", "192", "--target-mean", "60", "--rendered", "48"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["routing_real_images.json", "routing_real_images.png"]
     result = json.loads((tmp_path / "routing_real_images.json").read_text())
     assert str(shared) not in json.dumps(result)
@@ -133,7 +135,43 @@ def test_the_conclusion_follows_the_numbers():
     assert "documents get FEWER tokens than photos" in sentence and "charts get about as many tokens as" in sentence
 
 
-def test_area_under_the_curve_counts_won_pairs_and_half_of_the_ties():
-    result = area_under_curve(np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0]))
-    assert result["auc"] == pytest.approx((0 + 0.5 + 1 + 1 + 1 + 1) / 6, abs=1e-4)
-    assert result["interval"][0] <= result["auc"] <= result["interval"][1]
+def test_the_study_reads_what_a_classifier_router_reads(real):
+    model, pixels = real
+    with torch.no_grad(), pooled_states(model.model.vision_tower) as seen:
+        model.model.extract_features(pixels["charts"][:2])
+    config = model.config
+    before = (dict(config.router), config.calibration, model.model.router)
+    try:
+        router = replace_router(model, blocks=[9, 10])
+        assert router.features == "mean"  # the tower has no [CLS]
+        with torch.no_grad():
+            read = router.inputs(model.model.extract_features(pixels["charts"][:2])).numpy()
+    finally:
+        config.router, config.calibration, model.model.router = before
+    np.testing.assert_allclose(seen[0], read, rtol=0, atol=1e-5)
+
+
+def test_rendered_pictures_teach_a_classifier_to_find_real_pages(real):
+    model, pixels = real
+    with torch.no_grad(), pooled_states(model.model.vision_tower) as seen:
+        for batch in pixels.values():
+            model.model.extract_features(batch[:8])
+    values, kinds = np.concatenate(seen), np.repeat(list(pixels), 8)
+    rendered = rendered_inputs(model, 36, image_size=384, fit="pad")
+    assert rendered[0].shape == (36, 288) and rendered[1].tolist() == [1, 0] * 18
+    compared = compare_scores(
+        kinds,
+        {"no idea": np.zeros(32)},
+        values,
+        rendered,
+        pages=("documents", "charts"),
+        counts=(64, 576),
+        target_mean=192,
+    )
+    rows = compared["scores"]
+    assert rows["no idea"]["auc"]["pages > others"]["auc"] == 0.5
+    row = rows["classifier, mean, trained on rendered"]
+    assert row["images"] == 32 and row["auc"]["pages > others"]["auc"] > 0.9
+    assert rows["classifier, mean, trained on half of the real images"]["images"] == 16
+    assert row["mean_tokens"]["all"] == 192  # a quarter of the images at 576
+    assert row["mean_tokens"]["all"] == pytest.approx(np.mean([row["mean_tokens"][kind] for kind in pixels]))

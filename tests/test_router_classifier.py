@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, MobileNetV2Config
 from transformers.utils import logging
 
@@ -241,6 +242,22 @@ def test_text_alone_in_training_touches_a_trained_router_with_weight_zero(option
     model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
     gradients = [parameter.grad for parameter in model.model.router.parameters()]
     assert gradients and all(grad is not None and grad.abs().max() == 0 for grad in gradients)
+
+
+def test_under_peft_a_trained_copy_routes_and_learns():
+    model = tiny_model(**POOLED, router={"type": "classifier", "blocks": [1]})
+    frozen = {name: value.clone() for name, value in model.model.router.state_dict().items()}
+    settings = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["model.router"])
+    wrapped = get_peft_model(model, settings)
+    inner = wrapped.get_base_model().model
+    routing = inner.router(inner.extract_features(tiny_images(3)))
+    routing.logits.logsumexp(-1).sum().backward()
+    learned = [parameter for parameter in inner.router.parameters() if parameter.requires_grad]
+    assert len(learned) == 4 and all(parameter.grad is not None for parameter in learned)
+    torch.optim.SGD(learned, lr=0.1).step()
+    assert all(torch.equal(value, frozen[name]) for name, value in inner.router.original_module.state_dict().items())
+    merged = wrapped.merge_and_unload().model.router
+    assert not torch.equal(merged.linear_1.weight, frozen["linear_1.weight"])
 
 
 def test_generating_with_an_untrained_router_warns_once_unless_a_budget_or_training_decides(caplog):

@@ -49,6 +49,7 @@ def routing_real_images(result: dict[str, Any]) -> str:
         f"DFMR calibrated to a mean of {result['target_mean']:.0f} of {result['counts'][-1]} tokens, tower: "
         f"{result['tower']} (`python -m adaptive_llava.training.routing_study`):\n\n{table(header, rows)}\n\n"
         f"In words: {found['conclusion']} Chance that a page scores higher than a photo: {separation}.\n\n"
+        f"{_classifier_scores(found['classifier'])}\n\n"
         "![Mean tokens and shares per kind](results/routing_real_images.png)"
     )
 
@@ -67,6 +68,37 @@ def pixel_agreement(result: dict[str, Any]) -> str:
         f"kappa {found['all']['kappa']:.2f}, where 0 is chance and 1 full agreement; rank correlation of the scores "
         f"{found['all']['rank_correlation']:.2f}). Mean tokens by features and by pixels: {kinds} "
         "(`python -m adaptive_llava.training.pixel_agreement`)."
+    )
+
+
+def _classifier_scores(compared: dict[str, Any]) -> str:
+    """Classifiers beside the untrained statistics."""
+
+    def area(value: dict[str, Any]) -> str:
+        low, high = value["interval"]
+        return f"{value['auc']:.3f} ({low:.3f} to {high:.3f})"
+
+    scores = compared["scores"]
+    first = next(iter(scores.values()))
+    kinds = [kind for kind in first["mean_tokens"] if kind != "all"]
+    rows = [
+        [name, row["images"], *map(area, row["auc"].values()), *(f"{row['mean_tokens'][kind]:.0f}" for kind in kinds)]
+        for name, row in scores.items()
+    ]
+    own = "; ".join(
+        f"{name.removeprefix('classifier, ')}: "
+        + ", ".join(f"{kind} {row['mean_tokens_by_its_threshold'][kind]:.0f}" for kind in kinds)
+        for name, row in scores.items()
+        if "mean_tokens_by_its_threshold" in row
+    )
+    return (
+        f"A trained classifier on the same tower (mean of the patches, one hidden layer) beside them: chance that an "
+        f"image to be read scores higher (95 %), and mean tokens by kind when the highest scores get "
+        f"{compared['counts'][1]} tokens and the others {compared['counts'][0]}, {compared['target_mean']:.0f} on "
+        f"average. One was trained on {compared['rendered_images']} rendered pictures, the other on half of the real "
+        "images and tested on the other half.\n\n"
+        + table(["score", "images", *(f"AUC {pair}" for pair in first["auc"]), *kinds], rows)
+        + f"\n\nMean tokens by the classifiers' own threshold of 0.5, uncalibrated: {own}."
     )
 
 

@@ -114,9 +114,9 @@ def fit_router(
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            loss = F.cross_entropy(network.logits(unseen), unseen_targets, weight=weights).item()
-        if loss < best_loss:
-            best_loss, best_epoch, best = loss, epoch, copy.deepcopy(network.state_dict())
+            unseen_loss = F.cross_entropy(network.logits(unseen), unseen_targets, weight=weights).item()
+        if unseen_loss < best_loss:
+            best_loss, best_epoch, best = unseen_loss, epoch, copy.deepcopy(network.state_dict())
         elif epoch - best_epoch >= patience:
             break
     network.load_state_dict(best)

@@ -130,8 +130,9 @@ def _fingerprint(model: Any, router: ClassifierRouter, processor: Any) -> str:
     digest = hashlib.sha256()
     settings = {
         "image_processor": processor.image_processor.to_dict(),
+        "vision_config": model.config.vision_config.to_dict(),
         "vision_feature_layer": model.config.vision_feature_layer,
-        "fusion_blocks": model.config.fusion_blocks,
+        "fusion": [model.config.fusion_blocks, model.config.fusion_variant],
         "features": router.features,
         "blocks": router.blocks,
     }

@@ -1,12 +1,13 @@
-"""Which real images get many visual tokens from DFMR's router, once it is calibrated to a mean?
+"""Which real images get many visual tokens from DFMR's router, once it is calibrated to a mean? And from a classifier?
 
     python -m adaptive_llava.training.routing_study --data-root ../shared/data \
         --weights ../shared/weights/mobilenet_v2_1.0_224_float.npz --target-mean 200 --output results/
 
 An ImageNet-trained MobileNetV2 is the vision tower of a `dfmr` model: its stride-16 map at 384 pixels is 24 x 24, as
 many patches as LLaVA-1.5's. The thresholds are calibrated on all kinds of images together, without their labels; then
-each kind's counts are reported. Images are padded to a square and, as a check, stretched to one. Writes
-`routing_real_images.json` and `.png`; no image is copied.
+each kind's counts are reported, and how well the statistic separates pages from pictures beside that of the pixels and
+beside trained classifiers (`classifier_study.py`). Images are padded to a square and, as a check, stretched to one.
+Writes `routing_real_images.json` and `.png`; no image is copied.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.training.calibrate import calibrate_thresholds
+from adaptive_llava.training.classification_metrics import area_under_curve
+from adaptive_llava.training.classifier_study import compare_scores, draw_scores, pooled_states, rendered_inputs
 from adaptive_llava.training.image_source import ImageSource, open_images
 from adaptive_llava.training.mobilenet_tower import STRIDE_16_LAYER, load_mobilenet_tower, mobilenet_pixels
 from adaptive_llava.training.threshold_search import rungs_at
@@ -34,7 +37,6 @@ PAGES = ("documents", "charts")  # must be read; compared with photos
 FITS = ("pad", "stretch")
 NAME = "routing_real_images"
 _BATCH = 8
-_RESAMPLES = 1000
 
 
 def mobilenet_dfmr(weights: str | Path, *, image_size: int = 384) -> AdaptiveLlavaForConditionalGeneration:
@@ -47,20 +49,6 @@ def mobilenet_dfmr(weights: str | Path, *, image_size: int = 384) -> AdaptiveLla
     return AdaptiveLlavaForConditionalGeneration.from_backbones(
         tower, text, "dfmr", image_token_id=100, vision_feature_layer=STRIDE_16_LAYER
     )
-
-
-def area_under_curve(higher: np.ndarray, lower: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """Chance that a value of `higher` exceeds one of `lower`, ties counted half, with a bootstrap 95 % interval."""
-    wins = (higher[:, None] > lower[None]) + 0.5 * (higher[:, None] == lower[None])
-    rng = np.random.default_rng(seed)
-    resampled = [
-        wins[rng.integers(len(higher), size=len(higher))][:, rng.integers(len(lower), size=len(lower))].mean()
-        for _ in range(_RESAMPLES)
-    ]
-    return {
-        "auc": _rounded(wins.mean(), 4),
-        "interval": [_rounded(x, 4) for x in np.quantile(resampled, [0.025, 0.975])],
-    }
 
 
 def conclusion(tokens: dict[str, np.ndarray]) -> str:
@@ -87,6 +75,7 @@ def study(
     *,
     target_mean: float,
     fit: str,
+    rendered: int = 600,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Calibrate on all kinds together, then report per kind. Changes the model's thresholds.
@@ -96,6 +85,7 @@ def study(
         sources: Images of each kind of `KINDS`.
         target_mean: Mean tokens to calibrate to.
         fit: How an image becomes a square; see `mobilenet_pixels`.
+        rendered: Pictures to draw for the classifiers.
         seed: Seed of the split and the bootstrap.
     """
     size = model.config.vision_config.image_size
@@ -112,7 +102,8 @@ def study(
                 kinds.extend([kind] * len(images))
                 yield pixels
 
-    calibration = calibrate_thresholds(model, batches(), target_mean=target_mean, seed=seed)
+    with pooled_states(model.model.vision_tower) as pooled:
+        calibration = calibrate_thresholds(model, batches(), target_mean=target_mean, seed=seed)
     calibration.apply(model)
     rungs = rungs_at(calibration.spread, calibration.thresholds)
     with torch.no_grad():
@@ -149,19 +140,32 @@ def study(
             }
             for kind in PAGES
         },
+        "classifier": compare_scores(
+            np.asarray(kinds),
+            {"DFMR": scores["router"], "pixels": scores["pixels"]},
+            np.concatenate(pooled),
+            rendered_inputs(model, rendered, image_size=size, fit=fit),
+            pages=PAGES,
+            counts=(calibration.counts[0], calibration.counts[-1]),
+            target_mean=target_mean,
+            seed=seed,
+        ),
         "pairs_with_photos": {kind: _pairs(tokens[kind], tokens["photos"]) for kind in PAGES},
         "conclusion": conclusion(tokens),
     }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Mean tokens and share of images per count, by kind, one row per way to make an image square."""
+    """Mean tokens and share of images per count, by kind, one row per way to make an image square; then all scores."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 * len(result["fits"])), layout="constrained")
+    figure = Figure(figsize=(9, 3.2 * len(result["fits"]) + 4), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(result["fits"]), 2, squeeze=False)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.2 * len(result["fits"]), 4])
+    upper, lower = parts
+    draw_scores(lower, result["fits"][FITS[0]]["classifier"])
+    rows = upper.subplots(len(result["fits"]), 2, squeeze=False)
     for (left, right), found in zip(rows, result["fits"].values(), strict=True):
         kinds = found["kinds"]
         means = [kinds[kind]["mean_tokens"] for kind in kinds]
@@ -188,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, required=True, help="MobileNetV2 weights, *.npz")
     parser.add_argument("--target-mean", type=float, default=200, help="mean tokens to calibrate to (%(default)s)")
     parser.add_argument("--image-size", type=int, default=384, help="side of the square, in pixels (%(default)s)")
+    parser.add_argument("--rendered", type=int, default=600, help="pictures drawn for classifiers (%(default)s)")
     parser.add_argument("--limit", type=int, help="images per kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write (%(default)s)")
@@ -195,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     sources = {kind: open_images(options.data_root / kind, limit=options.limit) for kind in KINDS}
     model = mobilenet_dfmr(options.weights, image_size=options.image_size)
-    fits = {fit: study(model, sources, target_mean=options.target_mean, fit=fit, seed=options.seed) for fit in FITS}
+    chosen = {"target_mean": options.target_mean, "rendered": options.rendered, "seed": options.seed}
+    fits = {fit: study(model, sources, fit=fit, **chosen) for fit in FITS}
     result = {
         "tower": "MobileNetV2 1.0, ImageNet, stride-16 map",
         "image_size": options.image_size,
@@ -226,6 +232,10 @@ def _print(found: dict[str, Any], counts: Sequence[int]) -> None:
     for pair, by_score in found["auc"].items():
         print(f"AUC({pair}): " + ", ".join(f"{name} {value['auc']:.3f}" for name, value in by_score.items()))
     print(found["conclusion"])
+    for name, row in found["classifier"]["scores"].items():
+        areas = ", ".join(f"{pair} {value['auc']:.3f}" for pair, value in row["auc"].items())
+        spent = ", ".join(f"{kind} {mean:.0f}" for kind, mean in row["mean_tokens"].items())
+        print(f"{name} ({row['images']} images): AUC {areas}; tokens at equal mean: {spent}")
 
 
 def _batched(source: ImageSource, what: str) -> Iterator[list]:
