@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .compressor_base import averaging_weight
@@ -21,7 +21,20 @@ from .vision_tower_features import extract_features, input_size, unwrap_tower, v
 logger = logging.get_logger(__name__)
 
 # Parts whose weights belong to this package; a checkpoint must bring them all.
-OWN_PARTS = ("multi_block_fusion", "compressor", "router", "multi_modal_projector", "modality_prefusion")
+OWN_PARTS = (
+    "multi_block_fusion",
+    "compressor",
+    "router",
+    "multi_modal_projector",
+    "view_arrangement",
+    "modality_prefusion",
+)
+
+_LLAVA_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
 
 _LOADING_ARGUMENTS = (
     "revision",
@@ -42,10 +55,11 @@ class BackboneAssemblyMixin:
 
     @classmethod
     def from_llava(cls, model: str | os.PathLike | PreTrainedModel, preset: str = "llava", **fields: Any) -> Any:
-        """Give a LLaVA-1.5 model a compressor and a router; its weights are kept.
+        """Give a LLaVA model a compressor and a router; its weights are kept.
 
         Args:
-            model: A Hub id or folder of a `LlavaForConditionalGeneration`, or a loaded one (its modules are shared).
+            model: A Hub id or folder of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision model, or a loaded one (its modules
+                are shared). The latter two bring their AnyRes `tiling`, unless `fields` name another.
             preset: One of the published systems.
             fields: Config fields that override the preset's, and, for an id, arguments of `from_pretrained`
                 (`revision`, `dtype`, `device_map`, `token`).
@@ -54,14 +68,21 @@ class BackboneAssemblyMixin:
             ValueError: Another architecture, or a feature selection that leaves no patch grid.
         """
         loading = {name: fields.pop(name) for name in _LOADING_ARGUMENTS if name in fields}
-        if not isinstance(model, PreTrainedModel):
-            model = transformers.LlavaForConditionalGeneration.from_pretrained(model, **loading)
-        source = model.config
-        if source.model_type != "llava":
+        if isinstance(model, PreTrainedModel):
+            kind = model.config.model_type
+        else:
+            hub = {
+                name: loading[name] for name in ("revision", "token", "cache_dir", "local_files_only") & loading.keys()
+            }
+            kind = PretrainedConfig.get_config_dict(model, **hub)[0].get("model_type")
+        if kind not in _LLAVA_CLASSES:
             raise ValueError(
-                f"`model` is a {source.model_type!r}; `from_llava` takes LLaVA-1.5 (`LlavaForConditionalGeneration`). "
-                "Use `from_backbones(vision, text)` for other parts."
+                f"`model` is a {kind!r}; `from_llava` takes LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision "
+                f"({', '.join(_LLAVA_CLASSES.values())}). Use `from_backbones(vision, text)` for other parts."
             )
+        if not isinstance(model, PreTrainedModel):
+            model = getattr(transformers, _LLAVA_CLASSES[kind]).from_pretrained(model, **loading)
+        source = model.config
         tower = unwrap_tower(model.model.vision_tower)
         embeddings = getattr(tower, "embeddings", None)
         has_prefix = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
@@ -83,10 +104,12 @@ class BackboneAssemblyMixin:
             vision_feature_layer=source.vision_feature_layer,
             projector_hidden_act=source.projector_hidden_act,
             multimodal_projector_bias=source.multimodal_projector_bias,
-            **({"image_token_id": image_token_id} | fields),
+            **({"image_token_id": image_token_id, "tiling": _tiling_of(source)} | fields),
         )
+        if kind == "llava_onevision" and "tiling" not in fields:
+            _limit_tiles(config, source.vision_aspect_ratio)
         built = _assemble(cls, config, tower, model.model.language_model, model.lm_head, model.generation_config)
-        _warm_start(built, model.model.multi_modal_projector)
+        _warm_start(built, model.model)
         return built
 
     @classmethod
@@ -156,6 +179,7 @@ def _assemble(
     inner.compressor = config.build_compressor()
     inner.router = config.build_router(inner.compressor)
     inner.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, inner.compressor)
+    inner.view_arrangement = config.build_arrangement()
     inner.modality_prefusion = config.build_prefusion()
     model._adopt_language_model_names()
     for name in OWN_PARTS:
@@ -171,8 +195,23 @@ def _assemble(
     return model.eval()
 
 
-def _warm_start(built: Any, trained: Any) -> None:
-    own, config = built.model.multi_modal_projector, built.config
+def _tiling_of(source: PretrainedConfig) -> dict[str, Any] | None:
+    if source.model_type == "llava":
+        return None
+    tiling = {"type": "anyres", "pinpoints": source.image_grid_pinpoints}
+    # LLaVA-OneVision shows the images of a prompt with several as a whole
+    return tiling | ({"several_images": "whole"} if source.model_type == "llava_onevision" else {})
+
+
+def _limit_tiles(config: AdaptiveLlavaConfig, aspect_ratio: str) -> None:
+    # "anyres_max_9" shrinks the map of joined tiles; with the tiles one after another there is none
+    if config.tiling["view_layout"] == "spatial_unpad" and aspect_ratio.startswith("anyres_max_"):
+        config.tiling["max_tiles"] = int(aspect_ratio.removeprefix("anyres_max_"))
+        config.check_options()
+
+
+def _warm_start(built: Any, source: Any) -> None:
+    own, config, trained = built.model.multi_modal_projector, built.config, source.multi_modal_projector
     new = [] if config.fusion_starts_neutral else ["multi_block_fusion"]
     if own is None and not built.model.compressor.warm_start(trained):
         new.append("compressor")
@@ -180,6 +219,12 @@ def _warm_start(built: Any, trained: Any) -> None:
         _warm_start_projector(own, trained)
         if any(True for _ in built.model.compressor.parameters()):
             new.append("compressor")
+    if built.model.view_arrangement is not None:
+        newline = getattr(source, "image_newline", None)
+        if newline is None:
+            new.append("view_arrangement")
+        else:
+            built.model.view_arrangement.load_state_dict({"image_newline": newline})
     if new:
         config.compressor_trained = False
         logger.warning(

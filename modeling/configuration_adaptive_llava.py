@@ -18,6 +18,8 @@ from .option_schema import build_part
 from .preset_table import preset_options
 from .router_base import Router
 from .router_registry import ROUTERS
+from .view_arrangement import ViewArrangement
+from .view_geometry import check_joined_map, check_tiling, view_grid
 from .vision_tower_features import has_class_token, vision_geometry
 from .visual_token_geometry import visual_token_ladder
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_spatial_fusion import SpatialFusionCompressor  # noqa: F401
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .encoded_images import EncodedBatch  # noqa: F401
+    from .pixel_statistics import PIXEL_STEPS  # noqa: F401
     from .placeholder_layout import holds_segments  # noqa: F401
     from .router_classifier import ClassifierRouter  # noqa: F401
     from .router_feature_std import FeatureStdRouter  # noqa: F401
@@ -70,6 +73,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         prefusion_variant: `"released"`: text and visual tokens are fused; `"paper"`: text alone.
         prefusion_padding: What of the text pre-fusion takes for padding: `"attention_mask"`, or `"released"`, which
             also leaves out id 0, as LLaVA-Mini's weights were trained.
+        tiling: `{"type": "none"}`, `{"type": "anyres", ...}` or `{"type": "mosaic", "n": 2}`; see
+            `view_geometry.check_tiling`.
         projector_hidden_act: Activation between the projector's two layers.
         multimodal_projector_bias: Whether the projector's layers have biases.
         vision_feature_dim: Width of one selected layer. Read from `vision_config` where that tells; to be given for
@@ -101,6 +106,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         prefusion_layers: int = 0,
         prefusion_variant: str = "released",
         prefusion_padding: str = "attention_mask",
+        tiling: Mapping[str, Any] | None = None,
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
         vision_feature_dim: int | None = None,
@@ -129,6 +135,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.prefusion_layers = prefusion_layers
         self.prefusion_variant = prefusion_variant
         self.prefusion_padding = prefusion_padding
+        self.tiling = dict(tiling) if isinstance(tiling, Mapping) else tiling or {"type": "none"}
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
         self.vision_feature_dim = vision_feature_dim
@@ -182,9 +189,11 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             self.prefusion_layers, self.prefusion_variant, self.prefusion_padding, self.text_config, compressor
         )
         self.compressor, self.router = compressor.options, router.options
-        grid = (self.vision_grid[0], self.vision_grid[1])
-        compressor.ladder(grid)
-        router.check_grid(grid)
+        tower_size = getattr(self.vision_config, "image_size", None)
+        self.tiling = check_tiling(self.tiling, tower_size=tower_size, num_rungs=compressor.num_rungs)
+        compressor.ladder(self.view_grid)
+        router.check_grid(self.view_grid)
+        check_joined_map(self.tiling, self.compressor, self.view_grid)
         self._check_router_inputs(router)
 
     @property
@@ -204,9 +213,21 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         return self.fusion_variant == "released" and self.fusion_blocks[0] == selected
 
     @property
+    def view_grid(self) -> tuple[int, int]:
+        """Patches per side of one view, `(height, width)`: of a mosaic, those of all its tiles."""
+        return view_grid(self.tiling, self.vision_grid)
+
+    @property
     def visual_token_counts(self) -> tuple[int, ...]:
-        """Token counts this model can spend on an image, fewest first."""
-        return visual_token_ladder(self.compressor, self.vision_grid)
+        """Token counts this model can spend on a view (without AnyRes: on an image), fewest first."""
+        return visual_token_ladder(self.compressor, self.view_grid)
+
+    def build_arrangement(self) -> ViewArrangement | None:
+        """New arrangement of AnyRes views, or `None` if an image is one view."""
+        if self.tiling["type"] != "anyres":
+            return None
+        options = {name: self.tiling[name] for name in ("view_layout", "max_tiles")}
+        return ViewArrangement(self.text_config.hidden_size, **options)
 
     def build_fusion(self) -> MultiBlockFusion | None:
         """New multi-block fusion, or `None` if this config has none."""

@@ -1,7 +1,8 @@
 """LLaVA-style models that decide per image how many visual tokens to spend.
 
-Order of work: vision tower -> fusion -> router -> resolve_rungs -> compressor -> projector -> pre-fusion -> splice ->
-language model -> gather. Rows come in and go out with one placeholder per image (or, expanded, one per visual token).
+Order of work: vision tower -> fusion -> router -> resolve_rungs -> compressor -> projector -> view arrangement ->
+pre-fusion -> splice -> language model -> gather. Rows come in and go out with one placeholder per image (or, expanded,
+one per visual token).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from .modality_prefusion import PrefusionRows, build_prefusion_rows
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
 from .projector import AdaptiveLlavaProjector
+from .view_arrangement import join_mosaic, split_views
+from .view_geometry import image_costs
 from .vision_tower_features import extract_features, input_size, unwrap_tower
-from .visual_tokens import Budget, Routing, VisionFeatures, check_no_images, resolve_rungs, to_host
+from .visual_tokens import Budget, Routing, VisionFeatures, VisualTokens, check_no_images, resolve_rungs, to_host
 
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
@@ -40,6 +43,7 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .compressor_token_concat import TokenConcatCompressor  # noqa: F401
     from .multi_block_fusion import MultiBlockFusion  # noqa: F401
     from .option_schema import build_part  # noqa: F401
+    from .pixel_statistics import PIXEL_STEPS  # noqa: F401
     from .preset_table import PRESETS  # noqa: F401
     from .router_base import Router  # noqa: F401
     from .router_classifier import ClassifierRouter  # noqa: F401
@@ -174,6 +178,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         self.compressor = config.build_compressor()
         self.router = config.build_router(self.compressor)
         self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor)
+        self.view_arrangement = config.build_arrangement()
         self.modality_prefusion = config.build_prefusion()
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
@@ -210,17 +215,17 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         """Encode, route, compress and project images once; the result serves many prompts.
 
         Args:
-            pixel_values: `(num_images, 3, height, width)`.
-            image_sizes: Original sizes, `(num_images, 2)`; not needed without tiling.
+            pixel_values: `(num_images, 3, height, width)`; with tiling `(num_images, views, 3, height, width)`.
+            image_sizes: Original heights and widths, `(num_images, 2)`; only AnyRes needs them.
             visual_token_budget: Who decides; see `resolve_rungs`.
-            visual_rungs: One rung per image, replayed exactly.
+            visual_rungs: One rung per view (without AnyRes: per image), replayed exactly.
             images_per_prompt: Images of each prompt, for `{"total": n}`.
             features: Result of `extract_features` on these images, to encode them at several counts.
 
         Raises:
             ValueError: Images of a wrong shape, or a budget that no rung fits.
         """
-        features = self.extract_features(pixel_values) if features is None else features
+        features = self.extract_features(pixel_values, image_sizes) if features is None else features
         routing = self.router(features)
         rungs = self._rungs(
             features,
@@ -231,13 +236,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         )
         return self._compress(features, routing, rungs)
 
-    def extract_features(self, pixel_values: Tensor) -> VisionFeatures:
-        """Features of images `(num_images, 3, height, width)` as routers and compressors read them."""
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}; this model takes one view per image, "
-                "(num_images, 3, height, width). Use the checkpoint's own processor."
-            )
+    def extract_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> VisionFeatures:
+        """Features of all views as routers and compressors read them; arguments as in `encode_images`."""
+        views, images = split_views(pixel_values, image_sizes, self.config.tiling)
         parameter = next(self.vision_tower.parameters())
         # with PEFT and gradient checkpointing, transformers 5 marks a frozen tower's embeddings as needing gradients
         trained = pixel_values.requires_grad or _is_trainable(self.vision_tower)
@@ -246,17 +247,20 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = extract_features(
                 self.vision_tower,
-                pixel_values.to(device=parameter.device, dtype=parameter.dtype),
+                views.to(device=parameter.device, dtype=parameter.dtype),
                 self.config.vision_feature_layer,
                 sorted(blocks),
             )
         # a router that reads pixels must see what the processor saw, not what the tower's precision leaves of it
-        features = replace(features, pixels=pixel_values.to(parameter.device))
-        if fusion is None:
-            return features
-        dtype = fusion.linear_1.bias.dtype  # the backbones may have been loaded in different precisions
-        states = {block: features.blocks[block].to(dtype) for block in fusion.blocks}
-        return replace(features, patches=fusion(states))
+        features = replace(features, pixels=views.to(parameter.device))
+        if fusion is not None:
+            dtype = fusion.linear_1.bias.dtype  # the backbones may have been loaded in different precisions
+            states = {block: features.blocks[block].to(dtype) for block in fusion.blocks}
+            features = replace(features, patches=fusion(states))
+        if images is not None:
+            views_per_image = tuple(image.views for image in images)
+            return replace(features, views_per_image=views_per_image, image_views=images)
+        return join_mosaic(features, self.config.tiling["n"]) if self.config.tiling["type"] == "mosaic" else features
 
     def encode_batch(
         self,
@@ -273,6 +277,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     ) -> EncodedBatch:
         """Encode a batch's images and read its ids on the host, with one device-to-host transfer for all.
 
+        AnyRes needs another, of `image_sizes` alone, before the tower runs.
+
         Raises:
             ValueError: Placeholders and images disagree; the rows are named.
         """
@@ -285,7 +291,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             ids, mask, positions, instruction = to_host(input_ids, attention_mask, position_ids, instruction_mask)
             compact = self._is_compact(ids, encoded_images.lengths)
             return EncodedBatch(ids, mask, positions, encoded_images, compact, instruction)
-        features = self.extract_features(pixel_values)
+        features = self.extract_features(pixel_values, image_sizes)
         routing = self.router(features)
         ids, mask, positions, instruction, router_rungs, scores = to_host(
             input_ids, attention_mask, position_ids, instruction_mask, routing.rungs, routing.scores
@@ -397,13 +403,14 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         Args:
             input_ids: `(B, L)`, with one placeholder per image, or one per visual token.
             attention_mask: `(B, L)`; `None` attends everything, and tells packed rows apart by `position_ids`.
-            pixel_values: `(num_images, 3, height, width)`, in order of the placeholders.
-            image_sizes: Original sizes, `(num_images, 2)`.
+            pixel_values: `(num_images, 3, height, width)`, in order of the placeholders; with tiling
+                `(num_images, views, 3, height, width)`.
+            image_sizes: Original heights and widths, `(num_images, 2)`; only AnyRes needs them.
             encoded_images: Result of `encode_images` in place of `pixel_values`.
             instruction_mask: Text that pre-fusion takes in, `(B, L)`: prompts, not answers. `None` takes all that is
                 attended. Without pre-fusion it means nothing.
             visual_token_budget: Who decides; see `resolve_rungs`.
-            visual_rungs: One rung per image, replayed exactly.
+            visual_rungs: One rung per view (without AnyRes: per image), replayed exactly.
             prefix_embeds: Visual tokens, or all, of expanded rows, `(B, K, text_dim)`; what `generate` passes.
             prefix_positions: Their slots counted from the start of the cache, `(B, K)`; -1 for none.
             position_ids: Placeholder-aligned, `(B, L)`.
@@ -486,12 +493,16 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()
 
     def _rungs(self, features: VisionFeatures, routing: Routing, **decision: Any) -> list[int]:
-        return resolve_rungs(routing, self.compressor.ladder(features.grid), features.views_per_image, **decision)
+        costs = image_costs(self.config.tiling, self.compressor.options, features.grid, features.images)
+        return resolve_rungs(routing, costs, **decision)
 
     def _compress(self, features: VisionFeatures, routing: Routing, rungs: list[int]) -> EncodedImages:
         tokens = self.compressor(features, rungs)
-        values, lengths = self._project(tokens.values), tokens.lengths
-        encoded = EncodedImages(values, lengths, tuple(rungs), routing.scores, features.views_per_image)
+        tokens = VisualTokens(self._project(tokens.values), tokens.lengths)
+        if self.view_arrangement is not None:
+            grids = [self.compressor.grid_after(features.grid, rung) for rung in rungs]
+            tokens = self.view_arrangement(tokens, features.images, grids)
+        encoded = EncodedImages(tokens.values, tokens.lengths, tuple(rungs), routing.scores, features.views_per_image)
         if self.modality_prefusion is None:
             return encoded
         patches = features.patches
@@ -571,9 +582,11 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         tower_trains = _is_trainable(self.vision_tower)
         if not tower_trains and not any(part is not None and _is_trainable(part) for part in own):
             return 0.0
-        height, width = self.config.vision_grid
+        height, width = self.config.view_grid
         if tower_trains or self.multi_block_fusion is not None:
-            features = self.extract_features(torch.zeros(1, 3, *input_size(self.vision_tower), device=text.device))
+            crops = (self.config.tiling["n"] ** 2 + 1,) if self.config.tiling["type"] == "mosaic" else ()
+            pixels = torch.zeros(1, *crops, 3, *input_size(self.vision_tower), device=text.device)
+            features = self.extract_features(pixels)
         else:
             dtype = next(self.vision_tower.parameters()).dtype
             patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)

@@ -95,11 +95,12 @@ class PlaceholderGenerationMixin(GenerationMixin):
 
         Args:
             input_ids: `(B, L)`, compact (one placeholder per image) or expanded (one per visual token).
-            pixel_values: `(num_images, 3, height, width)`.
+            pixel_values: `(num_images, 3, height, width)`; with tiling `(num_images, views, 3, height, width)`.
+            image_sizes: Original heights and widths, `(num_images, 2)`; only AnyRes needs them.
             encoded_images: Result of `encode_images` in place of `pixel_values`.
             instruction_mask: Text that pre-fusion takes in, `(B, L)`; the whole prompt by default.
             visual_token_budget: `None`/`"auto"`, tokens per image, a list, `{"ceiling": n}` or `{"total": n}`.
-            visual_rungs: One rung per image, replayed exactly.
+            visual_rungs: One rung per view (without AnyRes: per image), replayed exactly.
             max_expanded_length: Bound on the cache in slots; `max_length` counts ids as they come in and go out.
                 Alone, it also stands in for the default of 20 new ids.
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .pixel_statistics import PIXEL_STEPS, pixel_spread
 from .router_window_spread import WindowSpreadRouter
-from .visual_token_geometry import PIXEL_STEPS, pixel_spread
 from .visual_tokens import VisionFeatures
 
 

@@ -1,4 +1,4 @@
-"""Counts of visual tokens, in whole numbers: ladders of the compressors, budgets and pixels that choose from them.
+"""Counts of visual tokens, in whole numbers: ladders of the compressors and the budgets that choose from them.
 
 The processor and the model both read this file, so that a count known beforehand and the count that is later
 produced cannot differ. It needs no PyTorch.
@@ -6,10 +6,9 @@ produced cannot differ. It needs no PyTorch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 
 Grid = tuple[int, int]
@@ -19,7 +18,35 @@ BUDGET_FORMS = (
     "{'ceiling': n} or {'total': n}."
 )
 
-PIXEL_STEPS = 256  # per unit of a normalised pixel
+
+class ImageCost(NamedTuple):
+    """What one image costs; each of its units chooses a rung. Without tiling an image is one unit of one view.
+
+    Attributes:
+        ladder: Tokens of one unit at each rung.
+        units: Parts of the image that choose a rung of their own.
+        views_per_unit: Views that share a unit's rung.
+        newlines: Tokens between the units, the same at every rung.
+    """
+
+    ladder: tuple[int, ...]
+    units: int = 1
+    views_per_unit: int = 1
+    newlines: int = 0
+
+    @property
+    def views(self) -> int:
+        """Views of the image, each with an entry in `visual_rungs`."""
+        return self.units * self.views_per_unit
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of the image with all of it at one rung, for every rung."""
+        return tuple(self.units * count + self.newlines for count in self.ladder)
+
+    def tokens(self, rungs: Sequence[int]) -> int:
+        """Tokens of the image with one rung per view."""
+        return sum(self.ladder[rung] for rung in rungs[:: self.views_per_unit]) + self.newlines
 
 
 def visual_token_ladder(compressor: Mapping[str, Any], grid: Sequence[int]) -> tuple[int, ...]:
@@ -42,6 +69,17 @@ def visual_token_ladder(compressor: Mapping[str, Any], grid: Sequence[int]) -> t
         )
     height, width = grid
     return _LADDERS[kind](compressor, (int(height), int(width)))
+
+
+def visual_token_grids(compressor: Mapping[str, Any], grid: Sequence[int]) -> tuple[Grid, ...] | None:
+    """Grids of a compressor's tokens, one per rung, `(height, width)`; `None` if its tokens form no grid.
+
+    Args:
+        compressor: A compressor's options with its `"type"`.
+        grid: Patches per side of the view, `(height, width)`.
+    """
+    make = _GRIDS.get(compressor.get("type", ""))
+    return None if make is None else make(compressor, (int(grid[0]), int(grid[1])))
 
 
 def window_grid(grid: Grid, window: int, *, strict: bool = False, name: str = "window") -> Grid:
@@ -70,101 +108,144 @@ def window_grid(grid: Grid, window: int, *, strict: bool = False, name: str = "w
     return height // window, width // window
 
 
-def highest_rung(ladder: Sequence[int], budget: int, views: int = 1) -> int:
-    """Highest rung at which all `views` of an image together cost at most `budget` tokens.
+def highest_rung(counts: Sequence[int], budget: int) -> int:
+    """Highest rung at which an image costs at most `budget` tokens.
+
+    Args:
+        counts: Tokens of the whole image at each rung.
+        budget: Tokens for the image.
 
     Raises:
         ValueError: Not even the smallest count fits; the message names it.
     """
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise ValueError(f"`visual_token_budget={budget!r}` must be a whole number of tokens per image.")
-    rungs = [rung for rung, count in enumerate(ladder) if count * views <= budget]
+    rungs = [rung for rung, count in enumerate(counts) if count <= budget]
     if not rungs:
         raise ValueError(
             f"`visual_token_budget={budget}` is below the smallest count this model can produce "
-            f"({ladder[0] * views} tokens for an image; counts: {[count * views for count in ladder]}). "
-            f"Pass at least {ladder[0] * views}, or 'auto'."
+            f"({counts[0]} tokens for an image; counts: {list(counts)}). Pass at least {counts[0]}, or 'auto'."
         )
     return rungs[-1]
 
 
-def rungs_for_budget(
-    budget: int | Sequence[int], ladder: Sequence[int], views_per_image: Sequence[int] | int
-) -> list[int]:
-    """One rung per image for a budget that replaces the router.
+def rungs_for_budget(budget: int | Sequence[int], images: Sequence[ImageCost]) -> list[int]:
+    """One rung per view for a budget that replaces the router; the views of an image get the same.
 
     Args:
         budget: Tokens per image: one number for all, or a list with one per image.
-        ladder: Token counts of one view, fewest first.
-        views_per_image: Views of each image, or the number of images if each has one view.
+        images: Cost of each image.
     """
-    views = [1] * views_per_image if isinstance(views_per_image, int) else list(views_per_image)
-    budgets = [budget] * len(views) if isinstance(budget, int) else list(budget)
-    if len(budgets) != len(views):
+    budgets = [budget] * len(images) if isinstance(budget, int) else list(budget)
+    if len(budgets) != len(images):
         raise ValueError(
-            f"`visual_token_budget` has {len(budgets)} entries for {len(views)} images. Pass one number per image, "
+            f"`visual_token_budget` has {len(budgets)} entries for {len(images)} images. Pass one number per image, "
             "in prompt order, or a single number for all."
         )
-    return [highest_rung(ladder, tokens, count) for tokens, count in zip(budgets, views, strict=True)]
+    rungs = [highest_rung(image.counts, tokens) for image, tokens in zip(images, budgets, strict=True)]
+    return [rung for image, rung in zip(images, rungs, strict=True) for _ in range(image.views)]
+
+
+def rungs_below(ceiling: int, images: Sequence[ImageCost], rungs: Sequence[int]) -> list[int]:
+    """Rungs per view lowered until no image costs more than `ceiling` tokens.
+
+    The views of such an image that lie above a certain rung are lowered to it: the highest at which the image fits.
+
+    Args:
+        ceiling: Tokens per image.
+        images: Cost of each image.
+        rungs: What the router chose, one rung per view.
+    """
+    lowered, start = [], 0
+    for image in images:
+        common = highest_rung(image.counts, ceiling)
+        chosen = rungs[start : start + image.views]
+        caps = range(len(image.ladder) - 1, -1, -1)
+        capped = ([min(rung, cap) for rung in chosen] for cap in caps)
+        lowered += next((row for row in capped if image.tokens(row) <= ceiling), [common] * image.views)
+        start += image.views
+    return lowered
 
 
 def share_total(
-    total: int, ladder: Sequence[int], scores: Sequence[float], images_per_prompt: Sequence[int] | None
+    total: int, images: Sequence[ImageCost], scores: Sequence[float], images_per_prompt: Sequence[int] | None
 ) -> list[int]:
     """One rung per view so that each prompt spends at most `total` tokens, the highest scores served first.
 
-    Every view starts at rung 0; then, by falling score (ties in prompt order), each view is raised to the highest
-    rung that still fits.
+    Every unit of an image starts at rung 0; then, by falling score (ties in prompt order), each is raised to the
+    highest rung that still fits. The score of a unit is the highest of its views'.
 
     Args:
-        total: Tokens for all views of one prompt.
-        ladder: Token counts of one view, fewest first.
+        total: Tokens for all images of one prompt.
+        images: Cost of each image.
         scores: Router scores, one per view.
-        images_per_prompt: Views of each prompt; `None` takes all views as one prompt.
+        images_per_prompt: Images of each prompt; `None` takes all images as one prompt.
 
     Raises:
-        ValueError: `total` does not cover the smallest count for every view of a prompt.
+        ValueError: `total` does not cover the smallest count of every image of a prompt.
     """
     if isinstance(total, bool) or not isinstance(total, int):
         raise ValueError(f"`visual_token_budget={{'total': {total!r}}}` must be a whole number of tokens per prompt.")
     rungs = [0] * len(scores)
-    start = 0
-    for prompt, views in enumerate(images_per_prompt if images_per_prompt is not None else [len(scores)]):
-        left = total - views * ladder[0]
+    remaining, start = iter(images), 0
+    for prompt, number in enumerate(images_per_prompt if images_per_prompt is not None else [len(images)]):
+        mine = [next(remaining) for _ in range(number)]
+        smallest = sum(image.counts[0] for image in mine)
+        left = total - smallest
         if left < 0:
             raise ValueError(
-                f"`visual_token_budget={{'total': {total}}}` is below the smallest cost of prompt {prompt}: {views} "
-                f"views at {ladder[0]} tokens each. Pass at least {views * ladder[0]}, or fewer images."
+                f"`visual_token_budget={{'total': {total}}}` is below the smallest cost of prompt {prompt}: "
+                f"{smallest} tokens for {number} images with {sum(image.views for image in mine)} views. Pass at "
+                f"least {smallest}, or fewer images."
             )
-        for view in sorted(range(start, start + views), key=lambda view: -scores[view]):
-            rungs[view] = max(rung for rung, count in enumerate(ladder) if count - ladder[0] <= left)
-            left -= ladder[rungs[view]] - ladder[0]
-        start += views
+        units = []
+        for image in mine:
+            for _ in range(image.units):
+                views = range(start, start + image.views_per_unit)
+                units.append((max(scores[view] for view in views), image.ladder, views))
+                start += image.views_per_unit
+        for _, ladder, views in sorted(units, key=lambda unit: -unit[0]):
+            chosen = max(rung for rung, count in enumerate(ladder) if count - ladder[0] <= left)
+            left -= ladder[chosen] - ladder[0]
+            for view in views:
+                rungs[view] = chosen
     return rungs
 
 
-def check_rungs(rungs: Sequence[int], ladder: Sequence[int], num_views: int) -> list[int]:
+def shared_rungs(rungs: Sequence[int], images: Sequence[ImageCost]) -> list[int]:
+    """One rung per view, where the views of one unit share the largest of theirs."""
+    shared, start = [], 0
+    for image in images:
+        for _ in range(image.units):
+            end = start + image.views_per_unit
+            shared += [max(rungs[start:end])] * image.views_per_unit
+            start = end
+    return shared
+
+
+def check_rungs(rungs: Sequence[int], images: Sequence[ImageCost]) -> list[int]:
     """`visual_rungs` as a list of valid rungs, one per view.
 
     Raises:
-        ValueError: The number of rungs is not `num_views`, or one of them is no rung of the ladder.
+        ValueError: The number of rungs is not that of the views, or one of them is no rung of the ladder.
     """
-    rungs = list(rungs)
-    if len(rungs) != num_views:
-        raise ValueError(f"`visual_rungs` has {len(rungs)} entries for {num_views} images. Pass one rung per image.")
-    for rung in rungs:
+    rungs, views = list(rungs), sum(image.views for image in images)
+    if len(rungs) != views:
+        parts, part = ("images", "image") if views == len(images) else ("views", "view")
+        raise ValueError(f"`visual_rungs` has {len(rungs)} entries for {views} {parts}. Pass one rung per {part}.")
+    ladders = [image.ladder for image in images for _ in range(image.views)]
+    for rung, ladder in zip(rungs, ladders, strict=True):
         if rung not in range(len(ladder)):
             raise ValueError(
                 f"`visual_rungs` contains {rung}, but this model has rungs 0 to {len(ladder) - 1} "
                 f"(token counts {list(ladder)})."
             )
-    return [int(rung) for rung in rungs]
+    return shared_rungs([int(rung) for rung in rungs], images)
 
 
 def rungs_for_mapping(
     budget: Mapping[str, Any],
-    ladder: Sequence[int],
-    views_per_image: Sequence[int],
+    images: Sequence[ImageCost],
     images_per_prompt: Sequence[int] | None,
     routed: Callable[[], tuple[Sequence[int], Sequence[float]]],
 ) -> list[int]:
@@ -172,8 +253,7 @@ def rungs_for_mapping(
 
     Args:
         budget: The budget; `n` in tokens.
-        ladder: Token counts of one view, fewest first.
-        views_per_image: Views of each image.
+        images: Cost of each image.
         images_per_prompt: Images of each prompt; `None` takes all as one prompt.
         routed: Gives the router's rungs and scores, one of each per view.
 
@@ -181,122 +261,55 @@ def rungs_for_mapping(
         ValueError: Another form of budget, or one that no rung fits.
     """
     if set(budget) == {"total"}:
-        prompts = None
-        if images_per_prompt is not None:
-            views = iter(views_per_image)
-            prompts = [sum(next(views) for _ in range(images)) for images in images_per_prompt]
-        return share_total(budget["total"], ladder, routed()[1], prompts)
+        return share_total(budget["total"], images, routed()[1], images_per_prompt)
     if set(budget) == {"ceiling"}:
-        ceilings = [highest_rung(ladder, budget["ceiling"], views) for views in views_per_image]
-        chosen = iter(routed()[0])
-        return [
-            min(next(chosen), ceiling)
-            for ceiling, views in zip(ceilings, views_per_image, strict=True)
-            for _ in range(views)
-        ]
+        return rungs_below(budget["ceiling"], images, shared_rungs(routed()[0], images))
     raise ValueError(f"`visual_token_budget={dict(budget)!r}` is not known. {BUDGET_FORMS}")
 
 
-def rungs_at(spread: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """Lowest rung whose threshold the statistic does not exceed, else the top: `(n, num_rungs - 1)` -> `(n,)`."""
-    accepted = spread <= np.asarray(thresholds, dtype=np.float32)
-    return np.where(accepted.any(axis=1), accepted.argmax(axis=1), spread.shape[1])
+def _identity_grids(options: Mapping[str, Any], grid: Grid) -> tuple[Grid, ...]:
+    return (grid,)
 
 
-def pixel_steps(pixels: Any) -> np.ndarray:
-    """Normalised pixels as whole numbers of 1/256, the same from float32 as from bfloat16.
-
-    Args:
-        pixels: Array, CPU tensor or list of arrays, `(V, 3, height, width)`.
-    """
-    bits = np.ascontiguousarray(pixels, dtype=np.float32).view(np.uint32)
-    # bfloat16 is the upper half of the bits: to the nearest, ties to even
-    bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return (bits.view(np.float32).astype(np.float64) * PIXEL_STEPS).round()
-
-
-def pixel_spread(steps: Any, grid: Grid, window: int) -> Any:
-    """Mean standard deviation of the pixels inside windows (per channel, biased, then over windows and channels).
-
-    Up to the last division everything is a whole number that float64 holds exactly, so that neither the device nor the
-    order of a sum changes the result. Trailing pixels that fill no window are dropped.
-
-    Args:
-        steps: NumPy array or PyTorch tensor in float64, `(V, 3, height, width)`, in whole numbers of 1/256.
-        grid: Patches per side, `(height, width)`.
-        window: Side of a window, in patches.
-
-    Returns:
-        `(V,)`, of the type that was given, in units of the normalised pixels.
-
-    Raises:
-        ValueError: No window fits, or there are fewer pixels than patches.
-    """
-    views, channels, height, width = steps.shape
-    rows, columns = window_grid(grid, window, name="router.windows")
-    high, wide = window * (height // grid[0]), window * (width // grid[1])
-    if not high * wide:
-        raise ValueError(
-            f"`pixel_values` of {height}x{width} pixels have less than a pixel for each of {grid[0]}x{grid[1]} "
-            "patches. Use the checkpoint's own processor."
-        )
-    steps = steps[:, :, : rows * high, : columns * wide]
-    # (V, 3, rows * high, columns * wide) -> (V, 3, rows, high, columns, wide)
-    windows = steps.reshape(views, channels, rows, high, columns, wide)
-    pixels = high * wide
-    total, squares = (values.sum(5).sum(3) for values in (windows, windows * windows))
-    # a window's variance times pixels^2; the nearest whole root is beyond rounding, being no half
-    roots = ((pixels * squares - total * total) ** 0.5).round()
-    return roots.sum((1, 2, 3)) / (PIXEL_STEPS * pixels * channels * rows * columns)
-
-
-def pixel_routing(
-    pixels: Any, grid: Sequence[int], windows: Sequence[int], thresholds: Sequence[float]
-) -> tuple[list[int], list[float]]:
-    """Rung and score of every view as the `pixel_std` router chooses them inside the model.
-
-    Args:
-        pixels: What the image processor gives, `(V, 3, height, width)`.
-        grid: Patches per side, `(height, width)`.
-        windows: The router's option, in patches.
-        thresholds: The router's option, in units of the normalised pixels.
-    """
-    if not windows:
-        return [0] * len(pixels), [0.0] * len(pixels)
-    steps = pixel_steps(pixels)
-    columns = [pixel_spread(steps, (grid[0], grid[1]), window).astype(np.float32) for window in windows]
-    rungs = rungs_at(np.stack(columns, axis=1), thresholds)
-    return rungs.tolist(), (sum(columns) / len(columns)).tolist()
-
-
-def _identity_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
-    return (grid[0] * grid[1],)
-
-
-def _average_pool_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
+def _average_pool_grids(options: Mapping[str, Any], grid: Grid) -> tuple[Grid, ...]:
     strict = bool(options.get("strict_tiling", False))
-    grids = [window_grid(grid, factor, strict=strict, name="factors") for factor in options["factors"]]
-    return tuple(height * width for height, width in reversed(grids))
+    return tuple(window_grid(grid, factor, strict=strict, name="factors") for factor in reversed(options["factors"]))
 
 
-def _query_resampler_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
-    return tuple(options["counts"])
+def _query_resampler_grids(options: Mapping[str, Any], grid: Grid) -> tuple[Grid, ...]:
+    return tuple((math.isqrt(count),) * 2 for count in options["counts"])
 
 
-def _token_concat_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
-    height, width = window_grid(grid, options["window"], strict=bool(options.get("strict_tiling", False)))
-    return (height * width,)
+def _token_concat_grids(options: Mapping[str, Any], grid: Grid) -> tuple[Grid, ...]:
+    return (window_grid(grid, options["window"], strict=bool(options.get("strict_tiling", False))),)
+
+
+def _spatial_fusion_grids(options: Mapping[str, Any], grid: Grid) -> tuple[Grid, ...] | None:
+    return _token_concat_grids(options, grid) if options["fused_tokens"] == 1 else None
 
 
 def _spatial_fusion_ladder(options: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
-    (windows,) = _token_concat_ladder(options, grid)
-    return (windows * options["fused_tokens"],)
+    ((height, width),) = _token_concat_grids(options, grid)
+    return (height * width * options["fused_tokens"],)
 
+
+def _counts(grids: Callable[[Mapping[str, Any], Grid], tuple[Grid, ...]]) -> Callable[..., tuple[int, ...]]:
+    return lambda options, grid: tuple(height * width for height, width in grids(options, grid))
+
+
+# Compressors whose tokens form a grid at every rung.
+_GRIDS: dict[str, Callable[[Mapping[str, Any], Grid], tuple[Grid, ...] | None]] = {
+    "identity": _identity_grids,
+    "average_pool": _average_pool_grids,
+    "query_resampler": _query_resampler_grids,
+    "token_concat": _token_concat_grids,
+    "spatial_fusion": _spatial_fusion_grids,
+}
 
 _LADDERS: dict[str, Callable[[Mapping[str, Any], Grid], tuple[int, ...]]] = {
-    "identity": _identity_ladder,
-    "average_pool": _average_pool_ladder,
-    "query_resampler": _query_resampler_ladder,
-    "token_concat": _token_concat_ladder,
+    "identity": _counts(_identity_grids),
+    "average_pool": _counts(_average_pool_grids),
+    "query_resampler": _counts(_query_resampler_grids),
+    "token_concat": _counts(_token_concat_grids),
     "spatial_fusion": _spatial_fusion_ladder,
 }

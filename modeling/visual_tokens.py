@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .visual_token_geometry import BUDGET_FORMS, check_rungs, rungs_for_budget, rungs_for_mapping
+from .view_geometry import ImageViews
+from .visual_token_geometry import (
+    BUDGET_FORMS,
+    ImageCost,
+    check_rungs,
+    rungs_for_budget,
+    rungs_for_mapping,
+    shared_rungs,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +33,7 @@ class VisionFeatures:
         pixels: Images the tower saw, `(V, 3, height, width)`, as precise as they were given.
         views_per_image: Views of each image, as host integers.
         overview: Patches of the whole image, `(V, patches, dim)`, beside a mosaic of its tiles; pre-fusion reads both.
+        image_views: How AnyRes cut each image; `None` without it.
     """
 
     patches: Tensor
@@ -35,6 +44,12 @@ class VisionFeatures:
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
     layer_cls: Tensor | None = None
     overview: Tensor | None = None
+    image_views: tuple[ImageViews, ...] | None = None
+
+    @property
+    def images(self) -> tuple[ImageViews, ...]:
+        """How each image was cut; without AnyRes every image is one view."""
+        return (ImageViews(),) * len(self.views_per_image) if self.image_views is None else self.image_views
 
     def select(self, views: Sequence[int]) -> VisionFeatures:
         """The given views alone, each as an image of its own."""
@@ -84,8 +99,7 @@ Budget = int | Sequence[int] | Mapping[str, int] | str | None
 
 def resolve_rungs(
     routing: Routing,
-    ladder: Sequence[int],
-    views_per_image: Sequence[int],
+    images: Sequence[ImageCost],
     *,
     images_per_prompt: Sequence[int] | None = None,
     budget: Budget = None,
@@ -93,12 +107,12 @@ def resolve_rungs(
 ) -> list[int]:
     """Who decides: the rung of every view, from the router, a budget, or an exact replay.
 
-    This reads device values on the host only where the router has a say.
+    This reads device values on the host only where the router has a say. Views that share a unit share its largest
+    rung.
 
     Args:
         routing: The router's choice for all views.
-        ladder: Token counts of one view, fewest first.
-        views_per_image: Views of each image.
+        images: Cost of each image.
         images_per_prompt: Images of each prompt (for `{"total": n}`); `None` takes all as one prompt.
         budget: `None` or `"auto"`, an int or one int per image, `{"ceiling": n}`, or `{"total": n}`.
         rungs: One rung per view, replayed exactly; not together with a budget.
@@ -111,24 +125,18 @@ def resolve_rungs(
             f"`visual_token_budget={budget!r}` and `visual_rungs` were both given. A replay fixes the counts, so "
             "pass only one of them."
         )
-    num_views = sum(views_per_image)
     if rungs is not None:
-        return check_rungs(rungs.tolist() if isinstance(rungs, Tensor) else rungs, ladder, num_views)
+        return check_rungs(rungs.tolist() if isinstance(rungs, Tensor) else rungs, images)
     if budget is None or budget == "auto":
-        return routing.rungs.tolist()
+        return shared_rungs(routing.rungs.tolist(), images)
     if isinstance(budget, Tensor):
         budget = budget.tolist()
     if isinstance(budget, Mapping):
         return rungs_for_mapping(
-            budget,
-            ladder,
-            views_per_image,
-            images_per_prompt,
-            lambda: (routing.rungs.tolist(), routing.scores.tolist()),
+            budget, images, images_per_prompt, lambda: (routing.rungs.tolist(), routing.scores.tolist())
         )
     if isinstance(budget, (int, list, tuple)):
-        per_image = rungs_for_budget(budget, ladder, views_per_image)
-        return [rung for rung, views in zip(per_image, views_per_image, strict=True) for _ in range(views)]
+        return rungs_for_budget(budget, images)
     raise ValueError(f"`visual_token_budget={budget!r}` is not known. {BUDGET_FORMS}")
 
 

@@ -15,7 +15,7 @@ import urllib.request
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
@@ -69,16 +69,51 @@ def load_image(
         FileNotFoundError: No file at the path.
         TypeError: `source` is none of the above.
     """
+    return _decode(*_open(source, index, allow_urls, input_data_format))
+
+
+def image_size(
+    source: Any, *, index: int = 0, allow_urls: bool = False, input_data_format: str | None = None
+) -> tuple[int, int]:
+    """Height and width of an image as `load_image` gives it; of a file only the header is read.
+
+    Args and Raises: As in `load_image`.
+    """
+    image, name = _open(source, index, allow_urls, input_data_format)
+    _check_size(image, name)
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except _BROKEN as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}. Replace the file.") from error
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def shorten_extreme(image: Image.Image) -> Image.Image:
+    """The middle of an image more than 50 times as long as wide, any other image as it is.
+
+    For a shortest-edge resize with centre crop, which keeps no more than that middle but would first build a picture
+    of millions of pixels.
+    """
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+def _open(source: Any, index: int, allow_urls: bool, input_data_format: str | None) -> tuple[Image.Image, str]:
+    """An image that is not decoded yet, and what to call it in an error."""
     name = f"Image {index}"
     if isinstance(source, dict) and (source.get("bytes") is not None or source.get("path") is not None):
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
     if isinstance(source, Image.Image):
-        return _decode(source, name)
+        return source, name
     if hasattr(source, "is_floating_point"):  # a tensor; numpy has no bfloat16
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
-        return _from_array(source, name, input_data_format)
+        return _from_array(source, name, input_data_format), name
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if isinstance(source, str):
@@ -99,21 +134,7 @@ def load_image(
         raise ValueError(
             f"{name} is no image that can be read: {error}. Supported formats: {', '.join(FORMATS)}."
         ) from error
-    return _decode(image, name)
-
-
-def shorten_extreme(image: Image.Image) -> Image.Image:
-    """The middle of an image more than 50 times as long as wide, any other image as it is.
-
-    For a shortest-edge resize with centre crop, which keeps no more than that middle but would first build a picture
-    of millions of pixels.
-    """
-    width, height = image.size
-    longest = MAX_ASPECT * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+    return image, name
 
 
 def _unbatched(item: Any) -> list[Any]:
@@ -151,12 +172,16 @@ def _read(source: str, name: str, allow_urls: bool) -> bytes:
     return content
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError(f"{name} is empty: {width}x{height} pixels. Leave it out.")
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(name, f"{width}x{height} = {width * height:,} pixels"))
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         # a copy also without EXIF data: the caller's image stays as it is
@@ -230,4 +255,4 @@ def _from_array(values: np.ndarray, name: str, input_data_format: str | None) ->
             f"{name} is an array of shape {shape}. Pass (height, width), (height, width, channels) or "
             "(channels, height, width) with 1, 3 or 4 channels."
         )
-    return _decode(Image.fromarray(np.ascontiguousarray(_scaled(values, name))), name)
+    return Image.fromarray(np.ascontiguousarray(_scaled(values, name)))

@@ -1,8 +1,9 @@
 """Processor of adaptive LLaVA models: images, text and chats to model inputs.
 
 Shapes: B prompts with N images in all -> `input_ids (B, L)`, `attention_mask (B, L)`, `mm_token_type_ids (B, L)`
-(1 at image placeholders), `pixel_values (N, 3, S, S)`, `image_sizes (N, 2)` as (height, width) in pixels before any
-resizing. Other keys appear only when asked for: trainers pass every key on to the model.
+(1 at image placeholders), `pixel_values (N, 3, S, S)`, or of tiled images `(N, max_views, 3, S, S)`, and `image_sizes
+(N, 2)` as (height, width) in pixels before any resizing. Other keys appear only when asked for: trainers pass every
+key on to the model.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
@@ -20,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES
 from .count_prediction import most_tokens, routing_known_beforehand, rungs_known_beforehand
-from .image_loading import flatten_images, load_image, shorten_extreme
+from .image_loading import flatten_images, image_size, load_image, shorten_extreme
 from .prompt_encoding import (
     control_token_pattern,
     expand_placeholders,
@@ -31,15 +34,21 @@ from .prompt_encoding import (
     tokenize,
 )
 from .tower_image_processor import square_image_processor
+from .view_tiling import before_padding, cut_images, in_company, routed_views, view_pixels
 
 
-# In a checkpoint these two stand beside this file; in the installed package they do not.
+# In a checkpoint these three stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .visual_token_geometry import visual_token_ladder
+    from .view_geometry import ImageViews, image_costs, view_grid
+    from .visual_token_geometry import ImageCost
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.visual_token_geometry import visual_token_ladder
+    from adaptive_llava.modeling.view_geometry import ImageViews, image_costs, view_grid
+    from adaptive_llava.modeling.visual_token_geometry import ImageCost
+
+if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
+    from .pixel_statistics import pixel_routing  # noqa: F401
 
 
 LAYOUTS = ("compact", "expanded")
@@ -79,7 +88,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             packing, wherever the count is known before the model runs.
         compressor: The model's compressor options, `{"type": ..., ...}`: from these and `grid` come the counts.
         router: The model's router options.
-        grid: Patches per side of an image, `[height, width]`.
+        grid: Patches per side of one input of the tower, `[height, width]`.
+        tiling: How images are cut into views, as in the model's config, complete; `None`: not at all.
         code_repository: Hub id of a repository that holds the remote code; `None` writes it beside the files.
 
     Raises:
@@ -101,6 +111,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         compressor: Mapping[str, Any] | None = None,
         router: Mapping[str, Any] | None = None,
         grid: Sequence[int] | None = None,
+        tiling: Mapping[str, Any] | None = None,
         code_repository: str | None = None,
     ):
         if isinstance(chat_template, str):
@@ -111,6 +122,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         self.compressor = dict(compressor) if compressor else None
         self.router = dict(router) if router else None
         self.grid = list(grid) if grid else None
+        self.tiling = dict(tiling) if tiling else {"type": "none"}
         self.code_repository = code_repository
         if not _is_one_token(tokenizer, image_token):
             raise ValueError(
@@ -159,6 +171,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             compressor=config.compressor,
             router=config.router,
             grid=config.vision_grid,
+            tiling=config.tiling,
             code_repository=getattr(config, "code_repository", None),
             **options,
         )
@@ -194,7 +207,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             text: A prompt or a list of prompts; each literal `<image>` is the placeholder of one image.
             visual_token_budget: Handed on to the model: tokens per image, a list with one number per image, or
                 `{"ceiling": n}`. With the expanded layout it becomes the `visual_rungs` it stands for.
-            visual_rungs: Exact replay of counts, one rung per image; handed on to the model.
+            visual_rungs: Exact replay of counts, one rung per view (without AnyRes: per image), for the model.
             layout: `"compact"` or `"expanded"` for this call.
             allow_urls: Fetch images given as `http(s)` addresses.
             return_mm_token_type_ids: Leave out `mm_token_type_ids` if false.
@@ -223,9 +236,13 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         if texts is not None:
             self._check_images_match(texts, len(sources), rows)
             rows = [prompt.count(self.image_token) for prompt in texts]
+        loaded = self._load(sources, allow_urls, images_kwargs)
+        cuts = cut_images(
+            self.tiling, [(image.height, image.width) for image in loaded], in_company(self.tiling, rows)
+        )
         expanded = _check_layout(layout or self.layout) == "expanded"
         decision = (visual_token_budget, visual_rungs, rows)
-        counts, rungs = self._counts_known_beforehand(len(sources), *decision)
+        counts, rungs = self._counts_known_beforehand(cuts, *decision)
         undecided = expanded and bool(sources) and counts is None
         if undecided and texts is not None and not self._routes_by_pixels:
             raise ValueError(
@@ -233,9 +250,9 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                 f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
                 f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
             )
-        pixels = self._pixels(sources, allow_urls, return_tensors, images_kwargs) if sources else {}
+        pixels = self._pixels(loaded, cuts, return_tensors, images_kwargs) if sources else {}
         if undecided and self._routes_by_pixels:
-            counts, rungs = self._counts_known_beforehand(len(sources), *decision, pixels["pixel_values"])
+            counts, rungs = self._counts_known_beforehand(cuts, *decision, pixels["pixel_values"])
         data: dict[str, Any] = {}
         if texts is not None:
             data |= self._encode(texts, counts if expanded else None, text_kwargs)
@@ -255,8 +272,10 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
 
     def count_tokens(
         self,
-        images: Any,
+        images: Any = None,
         *,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        images_per_prompt: Sequence[int] | None = None,
         visual_token_budget: Any = None,
         visual_rungs: Sequence[int] | None = None,
         allow_urls: bool = False,
@@ -265,24 +284,40 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         """Visual tokens each image will cost.
 
         Args:
-            images: Images in any form that a call takes, or just their number. They are read only where the
-                `pixel_std` router decides.
+            images: Images in any form that a call takes, one list per prompt where a prompt has several; or, without
+                AnyRes, just their number. Pixels are read only where the `pixel_std` router decides.
+            image_sizes: Height and width of each image in pixels, in place of `images`.
+            images_per_prompt: Images of each prompt, beside `image_sizes`.
             visual_token_budget: As in a call; `{"total": n}` is shared by each inner list of `images`.
             visual_rungs: As in a call.
             allow_urls: Fetch images given as `http(s)` addresses.
             images_kwargs: Options of the image processor, as in a call.
 
         Returns:
-            Tokens per image. Exact for the `fixed` router, a whole-number budget, `visual_rungs`, and the `pixel_std`
-            router given images; otherwise the most that the router may choose.
+            Tokens per image, newlines included. Exact for the `fixed` router, a whole-number budget, `visual_rungs`,
+            and the `pixel_std` router given images; otherwise the most that the router may choose.
         """
-        sources, rows = ([None] * images, None) if isinstance(images, int) else flatten_images(images)
+        sources, rows = (None, images_per_prompt) if isinstance(images, int) else flatten_images(images)
+        if image_sizes is not None:
+            cuts = cut_images(self.tiling, image_sizes, in_company(self.tiling, images_per_prompt))
+        elif sources is not None:
+            tiled = self.tiling["type"] == "anyres"
+            sizes = [image_size(source, index=index) if tiled else (1, 1) for index, source in enumerate(sources)]
+            cuts = cut_images(self.tiling, sizes, in_company(self.tiling, rows))
+        elif self.tiling["type"] != "anyres":
+            cuts = [ImageViews()] * images
+        else:
+            raise ValueError(
+                f"`images={images}` does not tell the tiles, which follow from the size of each image. Pass the "
+                "images themselves, or `image_sizes=[(height, width), ...]`."
+            )
         decision = (visual_token_budget, visual_rungs, rows)
-        counts, _ = self._counts_known_beforehand(len(sources), *decision)
-        if counts is None and self._routes_by_pixels and not isinstance(images, int) and sources:
-            pixels = self._pixels(sources, allow_urls, None, images_kwargs)["pixel_values"]
-            counts, _ = self._counts_known_beforehand(len(sources), *decision, pixels)
-        return [most_tokens(self._ladder(), visual_token_budget)] * len(sources) if counts is None else counts
+        counts, _ = self._counts_known_beforehand(cuts, *decision)
+        if counts is None and self._routes_by_pixels and sources:
+            loaded = self._load(sources, allow_urls, images_kwargs)
+            pixels = self._pixels(loaded, cuts, None, images_kwargs)["pixel_values"]
+            counts, _ = self._counts_known_beforehand(cuts, *decision, pixels)
+        return self._most_tokens(cuts, visual_token_budget) if counts is None else counts
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """What stands in a prompt for one image: the hook that transformers 5 and serving engines call.
@@ -299,20 +334,27 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         if self.layout == "compact":
             return self.image_token
         decision = _only_counts(kwargs)
-        pixels = image_inputs.get("pixel_values") if self._routes_by_pixels else None
-        if pixels is not None and not decision:  # alone: a router never looks across images
-            pixels, image_idx = pixels[image_idx : image_idx + 1], 0
-        number = image_idx + 1 if pixels is None else len(pixels)
         budget, rungs = decision.get("visual_token_budget"), decision.get("visual_rungs")
-        counts, _ = self._counts_known_beforehand(number, budget, rungs, None, pixels)
-        return self.image_token * (most_tokens(self._ladder(), budget) if counts is None else counts[image_idx])
+        pixels = image_inputs.get("pixel_values")
+        sizes = image_inputs.get("image_sizes")
+        if sizes is not None:
+            whole = before_padding(self.tiling, pixels)
+            cuts = cut_images(self.tiling, [[int(side) for side in size] for size in sizes], whole)
+        else:
+            cuts = [ImageViews()] * (image_idx + 1 if pixels is None else len(pixels))
+        if not self._routes_by_pixels:
+            pixels = None
+        elif pixels is not None and not decision:  # alone: a router never looks across images
+            pixels, cuts, image_idx = pixels[image_idx : image_idx + 1], cuts[image_idx : image_idx + 1], 0
+        counts, _ = self._counts_known_beforehand(cuts, budget, rungs, None, pixels)
+        return self.image_token * (self._most_tokens(cuts, budget) if counts is None else counts)[image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         # vLLM's hook. Sizes tell no more than the most that a router may choose: right for reserving memory. Spans
         # of a prompt are found in the prompt, or this is exact: after `freeze-budget`, or given a budget or rungs
         if image_sizes is None:
             return MultiModalData()
-        counts = self.count_tokens(len(image_sizes), **_only_counts(kwargs))
+        counts = self.count_tokens(image_sizes=image_sizes, **_only_counts(kwargs))
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -405,13 +447,13 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
         """Nothing to do: `save_pretrained` writes the code itself."""
 
-    def _ladder(self) -> tuple[int, ...]:
+    def _costs(self, cuts: Sequence[ImageViews]) -> list[ImageCost]:
         if self.compressor is None or self.grid is None:
             raise ValueError(
                 "This processor does not know the model's token counts: `compressor` and `grid` are missing. Build "
                 "it with `AdaptiveLlavaProcessor.from_config(config, tokenizer)`."
             )
-        return visual_token_ladder(self.compressor, self.grid)
+        return image_costs(self.tiling, self.compressor, view_grid(self.tiling, self.grid), cuts)
 
     @property
     def _routes_by_pixels(self) -> bool:
@@ -419,19 +461,26 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
 
     def _counts_known_beforehand(
         self,
-        number: int,
+        cuts: Sequence[ImageViews],
         budget: Any,
         rungs: Sequence[int] | None,
         images_per_prompt: Sequence[int] | None = None,
         pixels: Any = None,
     ) -> tuple[list[int] | None, list[int] | None]:
-        """Tokens and rung of each image, or (None, None) if only the router can tell."""
+        """Tokens of each image and rung of each view, or (None, None) if only the router can tell."""
         if self.compressor is None and budget is None and rungs is None:
             return None, None
-        ladder = self._ladder()
-        routed = routing_known_beforehand(self.router or {}, ladder, number, grid=self.grid, pixels=pixels)
-        chosen = rungs_known_beforehand(routed, ladder, number, budget, rungs, images_per_prompt)
-        return (None, None) if chosen is None else ([ladder[rung] for rung in chosen], chosen)
+        costs, grid = self._costs(cuts), view_grid(self.tiling, self.grid)
+        seen = None if pixels is None else routed_views(self.tiling, cuts, pixels)
+        routed = routing_known_beforehand(self.router or {}, costs, grid=grid, pixels=seen)
+        chosen = rungs_known_beforehand(routed, costs, budget, rungs, images_per_prompt)
+        if chosen is None:
+            return None, None
+        remaining = iter(chosen)
+        return [cost.tokens([next(remaining) for _ in range(cost.views)]) for cost in costs], chosen
+
+    def _most_tokens(self, cuts: Sequence[ImageViews], budget: Any) -> list[int]:
+        return [most_tokens(cost, budget) for cost in self._costs(cuts)]
 
     def _check_images_match(self, texts: list[str], num_images: int, rows: list[int] | None) -> None:
         if rows is not None and len(rows) != len(texts):
@@ -476,28 +525,41 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             ]
         return data
 
+    def _load(self, sources: list[Any], allow_urls: bool, images_kwargs: dict[str, Any]) -> list[Image.Image]:
+        """Upright 8-bit RGB images; takes the array layout out of the options."""
+        data_format = images_kwargs.pop("input_data_format", None)
+        data_format = getattr(data_format, "value", data_format)  # transformers' enum
+        data_format = {"first": "channels_first", "last": "channels_last"}.get(data_format, data_format)
+        return [
+            load_image(source, index=index, allow_urls=allow_urls, input_data_format=data_format)
+            for index, source in enumerate(sources)
+        ]
+
     def _pixels(
-        self, sources: list[Any], allow_urls: bool, return_tensors: str | None, images_kwargs: dict[str, Any]
+        self,
+        images: list[Image.Image],
+        cuts: Sequence[ImageViews],
+        return_tensors: str | None,
+        images_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         if images_kwargs.get("do_rescale") is False:
             raise ValueError(
                 "`do_rescale=False` is not possible here: every image becomes 8-bit RGB first (fractions 0 to 1 are "
                 "recognised as such). Leave it out."
             )
-        images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
-        data_format = images_kwargs.pop("input_data_format", None)
-        data_format = getattr(data_format, "value", data_format)  # transformers' enum
-        data_format = {"first": "channels_first", "last": "channels_last"}.get(data_format, data_format)
-        loaded = [
-            load_image(source, index=index, allow_urls=allow_urls, input_data_format=data_format)
-            for index, source in enumerate(sources)
-        ]
         # tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
-        sizes = [(image.height, image.width) for image in loaded]
+        sizes = [(image.height, image.width) for image in images]
+        if self.tiling["type"] != "none":
+            pixel_values = view_pixels(self.image_processor, images, cuts, self.tiling, images_kwargs)
+            # one array: a tensor of a list of arrays is slow to build
+            return {"pixel_values": np.stack(pixel_values) if return_tensors else pixel_values, "image_sizes": sizes}
+        images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
         if "shortest_edge" in dict(images_kwargs.get("size") or getattr(self.image_processor, "size", None) or {}):
-            loaded = [shorten_extreme(image) for image in loaded]
-        pixel_values = self.image_processor(loaded, **images_kwargs)["pixel_values"]
-        return {"pixel_values": pixel_values, "image_sizes": sizes}
+            images = [shorten_extreme(image) for image in images]
+        return {
+            "pixel_values": self.image_processor(images, **images_kwargs)["pixel_values"],
+            "image_sizes": sizes,
+        }
 
     def _control_tokens(self) -> set[str]:
         added = self.tokenizer.added_tokens_decoder.values()

@@ -95,6 +95,15 @@ def test_equal_images_stay_together_on_the_side_nearer_to_the_wanted_share(wante
     assert float((rungs == 0).mean()) == accepted
 
 
+def test_every_view_of_a_tiled_image_is_counted_like_an_image():
+    model = tiny_model("dfmr", tiling={"type": "anyres"})
+    views = tiny_images(12 * 3).unflatten(0, (12, 3))  # the whole image and two tiles
+    sizes = torch.tensor([[24, 48]] * 12)
+    calibration = calibrate_thresholds(model, [(views, sizes)], shares=[0.3, 0.3, 0.4])
+    alone = calibrate_thresholds(model, [views.flatten(0, 1)], shares=[0.3, 0.3, 0.4])
+    assert calibration.num_images == 36 and calibration.thresholds == alone.thresholds
+
+
 @pytest.mark.parametrize("router", ["feature_std", "pixel_std"])
 def test_the_model_routes_new_images_as_measured(router):
     model = tiny_model("dfmr", router={"type": router})

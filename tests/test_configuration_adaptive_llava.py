@@ -262,3 +262,45 @@ def test_calibrated_thresholds_travel_with_the_checkpoint(tmp_path):
     again = AdaptiveLlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert again.model.router.thresholds == (0.25, 0.75)
     assert again.config.calibration == {"mean": 12.5}
+
+
+# ---- tiling
+
+
+def test_tiling_is_written_out_with_every_option(tmp_path):
+    config = tiny_config(compressor={"type": "average_pool"}, tiling={"type": "anyres"})
+    assert config.tiling["view_layout"] == "sequence" and config.tiling["tile_size"] == 24
+    config.save_pretrained(tmp_path)
+    assert AdaptiveLlavaConfig.from_pretrained(tmp_path).tiling == config.tiling
+    assert json.loads((tmp_path / "config.json").read_text())["tiling"] == config.tiling
+    assert tiny_config().tiling == {"type": "none"}
+
+
+def test_a_mosaic_multiplies_the_grid_that_is_compressed():
+    config = tiny_config(compressor={"type": "average_pool"}, tiling={"type": "mosaic", "n": 3})
+    assert config.view_grid == (18, 18) and config.visual_token_counts == (36, 81, 324)
+    assert config.build_arrangement() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tiling": {"type": "anyres", "pinpoints": [[24, 30]]}}, r"`tiling.pinpoints=\[\[24, 30\]\]`"),
+        ({"tiling": {"type": "squares"}}, "must be a dict with a 'type': one of none, anyres, mosaic"),
+        (
+            {"compressor": {"type": "average_pool", "factors": [1, 5], "strict_tiling": True},
+             "tiling": {"type": "mosaic"}},
+            "does not tile a 12x12 patch grid",
+        ),
+    ],
+)  # fmt: skip
+def test_tiling_that_cannot_work_is_refused_at_once(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+def test_a_tiling_set_after_construction_is_checked_when_saved(tmp_path):
+    config = tiny_config()
+    config.tiling = {"type": "mosaic", "n": 0}
+    with pytest.raises(ValueError, match="`tiling.n=0` must be a whole number >= 2"):
+        config.save_pretrained(tmp_path)

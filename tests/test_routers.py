@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from adaptive_llava.modeling.compressor_registry import COMPRESSORS
 from adaptive_llava.modeling.option_schema import build_part
+from adaptive_llava.modeling.pixel_statistics import pixel_routing
 from adaptive_llava.modeling.router_base import Router
 from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
 from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
 from adaptive_llava.modeling.router_registry import ROUTERS
-from adaptive_llava.modeling.visual_token_geometry import pixel_routing
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
 from adaptive_llava.processing.tower_image_processor import square_image_processor
 from adaptive_llava.training.image_source import open_images

@@ -39,7 +39,7 @@ HISTOGRAM = "calibration_histogram.png"
 @torch.no_grad()  # not inference mode: what a module caches now must serve training later
 def calibrate_thresholds(
     model: nn.Module,
-    pixel_batches: Iterable[Tensor],
+    pixel_batches: Iterable[Tensor | tuple[Tensor, Tensor]],
     *,
     target_mean: float | None = None,
     shares: Sequence[float] | None = None,
@@ -51,7 +51,9 @@ def calibrate_thresholds(
 
     Args:
         model: A model whose router cuts a statistic at thresholds.
-        pixel_batches: Batches of processed images, `(batch, 3, height, width)`; read one after the other.
+        pixel_batches: Batches of processed images, read one after the other: `(batch, 3, height, width)`, or
+            `(batch, max_views, 3, height, width)` and their `image_sizes (batch, 2)`, where every view is counted like
+            an image.
         target_mean: Wanted mean, in tokens: all thresholds are the same quantile of their own statistic.
         shares: In place of a mean, the wanted share of images per token count, fewest tokens first.
         holdout: Share of the images that is left out of the choice and measured.
@@ -99,14 +101,14 @@ def calibrate_thresholds(
 
 
 def _statistics(
-    inner: nn.Module, pixel_batches: Iterable[Tensor], check: Callable[[Sequence[int]], None]
+    inner: nn.Module, pixel_batches: Iterable[Tensor | tuple[Tensor, Tensor]], check: Callable[[Sequence[int]], None]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     spreads, counts = [], None
     modes = [(part, part.training) for part in inner.modules()]
     inner.eval()  # batch norms of a convolutional tower must not learn from these images
     try:
-        for pixels in pixel_batches:
-            features = inner.extract_features(pixels)
+        for batch in pixel_batches:
+            features = inner.extract_features(*(batch if isinstance(batch, tuple) else (batch,)))
             spreads.append(inner.router.window_spread(features).cpu().numpy())
             ladder = inner.compressor.ladder(features.grid)
             if counts is None:
@@ -189,17 +191,21 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _pixel_batches(source: ImageSource, processor: Any, size: int, progress: Any) -> Iterator[Tensor]:
-    images = []
+def _pixel_batches(source: ImageSource, processor: Any, size: int, progress: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    images: list[Any] = []
+
+    def processed() -> tuple[Tensor, Tensor]:
+        inputs = processor(images=images, return_tensors="pt")
+        progress.update(len(images))
+        return inputs["pixel_values"], inputs["image_sizes"]
+
     for _, image in source:
         images.append(image)
         if len(images) == size:
-            yield processor(images=images, return_tensors="pt")["pixel_values"]
-            progress.update(len(images))
+            yield processed()
             images = []
     if images:
-        yield processor(images=images, return_tensors="pt")["pixel_values"]
-        progress.update(len(images))
+        yield processed()
 
 
 def _write_into(folder: Path, config: Any) -> None:

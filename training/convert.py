@@ -115,13 +115,13 @@ def convert(
 def describe(conversion: Conversion) -> list[str]:
     """What was converted, in lines to print."""
     config = conversion.config
-    counts = config.visual_token_counts
+    counts, part = config.visual_token_counts, "view" if config.tiling["type"] == "anyres" else "image"
     lines = [
         f"source       {conversion.kind}",
         f"compressor   {_options(config.compressor)}",
         f"router       {_options(config.router)}",
         f"patch grid   {config.vision_grid[0]}x{config.vision_grid[1]}",
-        "tokens       " + ", ".join(f"{count} (rung {rung})" for rung, count in enumerate(counts)) + " per image",
+        "tokens       " + ", ".join(f"{count} (rung {rung})" for rung, count in enumerate(counts)) + f" per {part}",
         *conversion.notes,
     ]
     if config.fusion_blocks is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adaptive_llava.modeling.visual_token_geometry import rungs_at
+from adaptive_llava.modeling.pixel_statistics import rungs_at
 
 
 def check_mean(counts: Sequence[int], target: float) -> None:
