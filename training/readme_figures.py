@@ -166,7 +166,7 @@ def joint_routing(result: dict[str, Any]) -> str:
         *(row(f"the same model, always {count}", "joint", str(count)) for count in counts),
         row(f"trained at {counts[-1]} only", "largest_only", str(counts[-1])),
         row("router, `temperature` 0 (one seed)", "temperature_0", "auto"),
-        row("router, cold start (one seed)", "cold_start", "auto"),
+        row(f"router, cold start, {result['steps']['further']} steps (one seed)", "cold_start", "auto"),
     ]
     differences = "; ".join(
         f"{kind} {', '.join(f'{100 * value:+.1f}' for value in summary['kinds'][kind]['difference_by_seed'])}"
