@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES
 from .count_prediction import most_tokens, routing_known_beforehand, rungs_known_beforehand
-from .image_loading import flatten_images, image_size, load_image, shorten_extreme
+from .image_loading import flatten_images, image_size, load_image
 from .prompt_encoding import (
     control_token_pattern,
     expand_placeholders,
@@ -34,7 +34,7 @@ from .prompt_encoding import (
     tokenize,
 )
 from .tower_image_processor import square_image_processor
-from .view_tiling import before_padding, cut_images, in_company, routed_views, view_pixels
+from .view_tiling import before_padding, cut_images, in_company, routed_views, square_pixels, view_pixels
 
 
 # In a checkpoint these three stand beside this file; in the installed package they do not.
@@ -554,12 +554,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             # one array: a tensor of a list of arrays is slow to build
             return {"pixel_values": np.stack(pixel_values) if return_tensors else pixel_values, "image_sizes": sizes}
         images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
-        if "shortest_edge" in dict(images_kwargs.get("size") or getattr(self.image_processor, "size", None) or {}):
-            images = [shorten_extreme(image) for image in images]
-        return {
-            "pixel_values": self.image_processor(images, **images_kwargs)["pixel_values"],
-            "image_sizes": sizes,
-        }
+        return {"pixel_values": square_pixels(self.image_processor, images, images_kwargs), "image_sizes": sizes}
 
     def _control_tokens(self) -> set[str]:
         added = self.tokenizer.added_tokens_decoder.values()

@@ -87,8 +87,7 @@ def view_pixels(
         options: Call options of the image processor.
     """
     options = {**options, "return_tensors": None}
-    own_pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
-    if own_pinpoints is not None and tiling["type"] == "anyres" and all(cut.views > 1 for cut in cuts):
+    if _cuts_tiles(image_processor) and tiling["type"] == "anyres" and all(cut.views > 1 for cut in cuts):
         own = {"image_grid_pinpoints": tiling["pinpoints"], "do_pad": True}
         return [np.asarray(views) for views in image_processor(list(images), **{**options, **own})["pixel_values"]]
     resample = options.get("resample")
@@ -102,18 +101,28 @@ def view_pixels(
             anyres_tiles(image, tiling, resample) if cut.views > 1 else [on_square(image, mean)]
             for image, cut in zip(images, cuts, strict=True)
         ]
-    # arrays of a known layout: a part of 3 rows could be taken for 3 channels
-    flat = [np.asarray(shorten_extreme(view)) for row in views for view in row]
-    options = {**options, "input_data_format": "channels_last"}
-    if own_pinpoints is None:
-        processed = image_processor(flat, **options)["pixel_values"]
-    else:  # one that cuts tiles gives the whole view first
-        processed = image_processor(flat, **{**options, "image_grid_pinpoints": own_pinpoints[:1]})["pixel_values"]
-        processed = [each[0] for each in processed]
-    pixels = iter(np.stack([np.asarray(view) for view in processed]))
+    flat = square_pixels(image_processor, [view for row in views for view in row], options)
+    pixels = iter(np.stack([np.asarray(view) for view in flat]))
     most = max(len(row) for row in views)
     grouped = [np.stack([next(pixels) for _ in row]) for row in views]
     return [np.pad(row, ((0, most - len(row)), (0, 0), (0, 0), (0, 0))) for row in grouped]
+
+
+def square_pixels(image_processor: Any, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Any:
+    """Pixels of images that are one view each, `(N, 3, height, width)`; a list without `return_tensors`."""
+    tiles = _cuts_tiles(image_processor)
+    size = options.get("size") or getattr(image_processor, "size", None) or {}
+    if "shortest_edge" in dict(size) and not tiles:
+        images = [shorten_extreme(image) for image in images]
+    # arrays of a known layout: an image of 3 rows could be taken for 3 channels
+    given = {**options, "input_data_format": "channels_last"}
+    if tiles:
+        given["image_grid_pinpoints"] = image_processor.image_grid_pinpoints[:1]
+    pixels = image_processor([np.asarray(image) for image in images], **given)["pixel_values"]
+    if not tiles:
+        return pixels
+    # the whole image comes first
+    return pixels[:, 0] if hasattr(pixels, "shape") else [views[0] for views in pixels]
 
 
 def anyres_tiles(image: Image.Image, tiling: Mapping[str, Any], resample: Any) -> list[Image.Image]:
@@ -148,3 +157,7 @@ def on_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def _cuts_tiles(image_processor: Any) -> bool:
+    return getattr(image_processor, "image_grid_pinpoints", None) is not None

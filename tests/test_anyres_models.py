@@ -336,6 +336,25 @@ def test_new_parts_beside_llava_say_that_their_newline_is_new(layout):
     assert 0.5 < model.model.view_arrangement.image_newline.norm() < 2
 
 
+@every_layout
+@pytest.mark.parametrize("way", ["bf16 weights", "autocast"])
+def test_half_precision_stays_finite_and_close(layout, way):
+    model = tiled_model(layout, max_tiles=1) if layout == "spatial_unpad" else tiled_model(layout)
+    inputs, _ = tiles_for(model)
+    ids, mask = batch_rows(SEVERAL, "left")
+    exact = model(input_ids=ids, attention_mask=mask, **inputs)
+    replay = {"visual_rungs": exact.visual_rungs}
+    if way == "bf16 weights":
+        model.to(torch.bfloat16)
+        logits = model(input_ids=ids, attention_mask=mask, **inputs, **replay).logits
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask, **inputs, **replay).logits
+    kept = mask.bool()
+    assert logits.isfinite().all()
+    assert (logits.float() - exact.logits)[kept].norm() <= 0.1 * exact.logits[kept].norm()
+
+
 # ---- mosaic
 
 

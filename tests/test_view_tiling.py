@@ -142,6 +142,25 @@ def test_images_shown_whole_equal_those_of_onevision():
         assert np.abs(np.stack(mine) - direct).max() <= 1e-6
 
 
+@pytest.mark.parametrize("make", [next_processor, onevision_processor])
+@pytest.mark.parametrize("tensors", [None, "pt"])
+def test_an_image_processor_for_tiles_gives_one_view_where_the_model_cuts_none(make, tensors):
+    _, processor = model_and_processor(None, make())
+    found = processor(images=PICTURES, text="<image> " * 4, return_tensors=tensors)["pixel_values"]
+    base = make()(PICTURES, return_tensors="np")["pixel_values"][:, 0]
+    assert np.array_equal(np.stack([np.asarray(view) for view in found]), base)
+
+
+@pytest.mark.parametrize("height", [1, 3])
+@pytest.mark.parametrize("tiling", [None, {"type": "mosaic", "n": 2}, {"type": "anyres"}])
+def test_an_image_of_three_rows_is_not_taken_for_three_channels(height, tiling):
+    _, processor = model_and_processor(tiling)
+    plain = Image.new("RGB", (50, height), (255, 0, 0))
+    pixels = processor(images=plain, text="<image>", return_tensors="np")["pixel_values"].reshape(-1, 3, 24, 24)
+    red, green, blue = pixels[-1 if tiling is None or tiling["type"] == "mosaic" else 0]
+    assert (red > 1.9).all() and (green < -1.7).all() and (blue < -1.4).all()
+
+
 # ---- the processor and the model agree
 
 
