@@ -7,15 +7,17 @@ by character. The generation prompt is what stands before the marked text, so tr
 from __future__ import annotations
 
 
-# An image part stands on its own line: "<image>\nWhat is this?". Text parts are joined as they are.
+# An image or video part stands on its own line: "<image>\nWhat is this?". Text parts are joined as they are.
 _CONTENT = """
 {%- macro content(message) -%}
 {%- if message.content is string -%}{{ message.content }}
 {%- else -%}
 {%- set last = namespace(type=none) -%}
 {%- for part in message.content or [] -%}
-{%- if last.type and (part.type == 'image' or last.type == 'image') -%}{{ '\\n' }}{%- endif -%}
-{%- if part.type == 'image' -%}{{ image_token | default('<image>') }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- if last.type and (part.type != 'text' or last.type != 'text') -%}{{ '\\n' }}{%- endif -%}
+{%- if part.type == 'image' -%}{{ image_token | default('<image>') }}
+{%- elif part.type == 'video' -%}{{ video_token | default('<video>') }}
+{%- else -%}{{ part.text }}{%- endif -%}
 {%- set last.type = part.type -%}
 {%- endfor -%}
 {%- endif -%}

@@ -32,20 +32,23 @@ def as_plain_text(text: str, control_tokens: re.Pattern[str]) -> str:
 
 def normalise_messages(
     messages: Sequence[Mapping[str, Any]], control_tokens: re.Pattern[str] | None
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """One chat as lists of text and image parts, and its images in prompt order.
+) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
+    """One chat as lists of text, image and video parts, its images and its videos, both in prompt order.
 
     Args:
         messages: `{"role": ..., "content": ...}`, the content a string or a list of parts: `{"type": "text", "text":
-            ...}`, `{"type": "image", "image" | "path" | "url" | "base64": ...}`, or OpenAI's `image_url`.
+            ...}`, `{"type": "image", "image" | "path" | "url" | "base64": ...}`, OpenAI's `image_url`, or
+            `{"type": "video", "video" | "path": ...}`.
         control_tokens: What text parts must not write; `None` leaves text as it is.
 
     Raises:
-        ValueError: A part that is neither text nor image.
+        ValueError: A part that is neither text, image nor video.
     """
     if not messages:
         raise ValueError("`conversation` is empty. Pass at least one message.")
-    normalised, images = [], []
+    normalised: list[dict[str, Any]] = []
+    images: list[Any] = []
+    videos: list[Any] = []
     for message in messages:
         content = message.get("content")
         if content is not None:
@@ -56,17 +59,21 @@ def normalise_messages(
                     image = _image_of(part)
                     images += [] if image is None else [image]
                     parts.append({"type": "image"})
+                elif kind == "video":
+                    videos += [part[key] for key in ("video", "path") if part.get(key) is not None][:1]
+                    parts.append({"type": "video"})
                 elif kind == "text" and isinstance(part.get("text"), str):
                     text = part["text"] if control_tokens is None else as_plain_text(part["text"], control_tokens)
                     parts.append({"type": "text", "text": text})
                 else:
                     raise ValueError(
                         f"A message has a part of type {kind!r} with keys {sorted(part)}. Write "
-                        "{'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}."
+                        "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} or {'type': 'video', "
+                        "'video': ...}."
                     )
             content = parts
         normalised.append({**{key: value for key, value in message.items() if value is not None}, "content": content})
-    return normalised, images
+    return normalised, images, videos
 
 
 def expand_placeholders(
