@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .view_geometry import ImageViews, cut_image, shrunk_grid, unpadded_grid
+from .view_geometry import FRAME_SIZE, ImageViews, cut_image, shrunk_grid, unpadded_grid
 from .visual_token_geometry import Grid
 from .visual_tokens import VisionFeatures, VisualTokens, to_host
 
@@ -183,7 +183,7 @@ def _cuts(pixel_values: Tensor, image_sizes: Any, tiling: Mapping[str, Any]) -> 
         # one of several images in a prompt: padding follows its first view, and no picture is all zeros
         padded = (pixel_values[:, 1:2] == 0).flatten(1).all(1)
     sizes, padded = to_host(sizes, padded)
-    if sizes.shape != (number, 2) or bool((sizes < 1).any()):
+    if sizes.shape != (number, 2) or any(min(size) < 1 and tuple(size) != FRAME_SIZE for size in sizes.tolist()):
         raise ValueError(
             f"`image_sizes` must be height and width of each of the {number} images, (num_images, 2) in pixels, got "
             f"{sizes.tolist()}. Pass what the processor returns."

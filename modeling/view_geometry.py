@@ -27,6 +27,9 @@ _OPTIONS = {
 }
 
 
+FRAME_SIZE = (0, 0)  # in `image_sizes` for a frame of a video, which AnyRes does not tile
+
+
 class ImageViews(NamedTuple):
     """One image under AnyRes: a view of the whole, then its tiles row by row.
 
@@ -109,11 +112,11 @@ def cut_image(tiling: Mapping[str, Any], size: Sequence[int], *, whole: bool = F
 
     Args:
         tiling: Complete options.
-        size: Height and width of the image, in pixels.
+        size: Height and width of the image, in pixels; `FRAME_SIZE` for a frame of a video.
         whole: Show it as a whole only: one of several images in its prompt, see `several_images`.
     """
     size = (int(size[0]), int(size[1]))
-    if whole:
+    if whole or size == FRAME_SIZE:
         return ImageViews(size=size)
     height, width = best_resolution(size, tiling["pinpoints"])
     return ImageViews((height // tiling["tile_size"], width // tiling["tile_size"]), size)

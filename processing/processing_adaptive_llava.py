@@ -27,24 +27,27 @@ from .image_loading import flatten_images, image_size, load_image
 from .prompt_encoding import (
     control_token_pattern,
     expand_placeholders,
+    holds_video,
     normalise_messages,
     original_span,
     replacement_offsets,
     span_mask,
     tokenize,
 )
+from .prompt_media import VIDEO_TOKEN, PromptMedia, media_of_prompts, placeholder_pattern
 from .tower_image_processor import square_image_processor
+from .video_frames import FrameSampling
 from .view_tiling import before_padding, cut_images, in_company, routed_views, square_pixels, view_pixels
 
 
 # In a checkpoint these three stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .view_geometry import ImageViews, image_costs, view_grid
+    from .view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
     from .visual_token_geometry import ImageCost
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.view_geometry import ImageViews, image_costs, view_grid
+    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
     from adaptive_llava.modeling.visual_token_geometry import ImageCost
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
@@ -61,10 +64,13 @@ _CALL_OPTIONS = {
     "allow_urls",
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
+    "videos",
+    "num_frames",
+    "fps",
 }
 _PROCESSOR_KWARGS = (
     _CALL_OPTIONS
-    | {"text_kwargs", "images_kwargs", "common_kwargs", "videos", "audio"}
+    | {"text_kwargs", "images_kwargs", "common_kwargs", "audio"}
     | set(TextKwargs.__annotations__)
     | set(ImagesKwargs.__annotations__)
 )
@@ -190,7 +196,10 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         *,
+        num_frames: int | None = None,
+        fps: float | None = None,
         visual_token_budget: int | Sequence[int] | Mapping[str, int] | str | None = None,
         visual_rungs: Sequence[int] | None = None,
         layout: str | None = None,
@@ -204,7 +213,14 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         Args:
             images: PIL images, arrays, tensors, paths or bytes: one, a flat list that is dealt out in the order of
                 the placeholders, or a list with one list (or `None`) per prompt.
-            text: A prompt or a list of prompts; each literal `<image>` is the placeholder of one image.
+            text: A prompt or a list of prompts; each literal `<image>` is the placeholder of one image, and where
+                videos are given each `<video>` that of one video.
+            videos: Video files, folders of images, arrays `(frames, height, width, 3)` or lists of images: one, a flat
+                list, or a list per prompt. Every frame becomes an image of its own: `<video>` becomes one `<image>`
+                per frame, and budgets and rungs count frames as images.
+            num_frames: Frames per video, the middles of equal segments; by default 8 of a file, and all of a list,
+                array or folder.
+            fps: Frames per second of a video file, in place of `num_frames`.
             visual_token_budget: Handed on to the model: tokens per image, a list with one number per image, or
                 `{"ceiling": n}`. With the expanded layout it becomes the `visual_rungs` it stands for.
             visual_rungs: Exact replay of counts, one rung per view (without AnyRes: per image), for the model.
@@ -220,10 +236,9 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             ValueError: Images and placeholders of a row disagree, truncation would cut placeholders, an image is
                 unreadable, or the expanded layout is asked for while only the router knows the count.
         """
-        for name in ("videos", "audio"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"`{name}` was given, but this model reads images only. Leave it out.")
-        if images is None and text is None:
+        if kwargs.pop("audio", None) is not None:
+            raise ValueError("`audio` was given, but this model reads images and videos only. Leave it out.")
+        if images is None and text is None and videos is None:
             raise ValueError("`images` and `text` are both missing. Pass at least one of them.")
         options = self._merge_kwargs(
             AdaptiveLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -231,15 +246,15 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         text_kwargs, images_kwargs = options["text_kwargs"], options["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.pop("return_tensors", None)
 
-        sources, rows = flatten_images(images)
         texts = None if text is None else _check_texts(text)
-        if texts is not None:
-            self._check_images_match(texts, len(sources), rows)
-            rows = [prompt.count(self.image_token) for prompt in texts]
+        media = media_of_prompts(texts, self.image_token, images, videos, FrameSampling(num_frames, fps))
+        sources, rows = media.sources, media.per_prompt
         loaded = self._load(sources, allow_urls, images_kwargs)
-        cuts = cut_images(
-            self.tiling, [(image.height, image.width) for image in loaded], in_company(self.tiling, rows)
-        )
+        sizes = [
+            FRAME_SIZE if frame and self.tiling["type"] == "anyres" else (image.height, image.width)
+            for image, frame in zip(loaded, media.frames, strict=True)
+        ]
+        cuts = cut_images(self.tiling, sizes, in_company(self.tiling, rows))
         expanded = _check_layout(layout or self.layout) == "expanded"
         decision = (visual_token_budget, visual_rungs, rows)
         counts, rungs = self._counts_known_beforehand(cuts, *decision)
@@ -250,12 +265,12 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                 f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
                 f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
             )
-        pixels = self._pixels(loaded, cuts, return_tensors, images_kwargs) if sources else {}
+        pixels = self._pixels(loaded, sizes, cuts, return_tensors, images_kwargs) if sources else {}
         if undecided and self._routes_by_pixels:
             counts, rungs = self._counts_known_beforehand(cuts, *decision, pixels["pixel_values"])
         data: dict[str, Any] = {}
         if texts is not None:
-            data |= self._encode(texts, counts if expanded else None, text_kwargs)
+            data |= self._encode(texts, media, counts if expanded else None, text_kwargs)
             if return_mm_token_type_ids:
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         offsets = data.pop("text_replacement_offsets", None)
@@ -315,7 +330,8 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         counts, _ = self._counts_known_beforehand(cuts, *decision)
         if counts is None and self._routes_by_pixels and sources:
             loaded = self._load(sources, allow_urls, images_kwargs)
-            pixels = self._pixels(loaded, cuts, None, images_kwargs)["pixel_values"]
+            sizes = [(image.height, image.width) for image in loaded]
+            pixels = self._pixels(loaded, sizes, cuts, None, images_kwargs)["pixel_values"]
             counts, _ = self._counts_known_beforehand(cuts, *decision, pixels)
         return self._most_tokens(cuts, visual_token_budget) if counts is None else counts
 
@@ -398,18 +414,19 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         first = conversation[0] if len(conversation) else None
         batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
-        control_tokens = control_token_pattern(self._control_tokens()) if sanitize_control_tokens else None
+        control_tokens = control_token_pattern(self._control_tokens(chats)) if sanitize_control_tokens else None
         normalised = [normalise_messages(chat, control_tokens) for chat in chats]
 
+        placeholders = {"image_token": self.image_token, "video_token": VIDEO_TOKEN}
         prompts, assistant_spans = render_jinja_template(
-            conversations=[messages for messages, _ in normalised],
+            conversations=[messages for messages, _, _ in normalised],
             tools=tools,
             documents=documents,
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, "image_token": self.image_token, **kwargs},
+            **{**self.tokenizer.special_tokens_map, **placeholders, **kwargs},
         )
         if not tokenize:
             return prompts if batched else prompts[0]
@@ -419,8 +436,9 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         tensor_type = call_options.pop("return_tensors", None) if return_tensors in (None, "auto") else return_tensors
         if return_assistant_tokens_mask:
             call_options["return_offsets_mapping"] = True
-        images = call_options.pop("images", None) or [chat_images for _, chat_images in normalised]
-        output = self(images=images, text=prompts, **call_options, return_tensors=tensor_type)
+        images = call_options.pop("images", None) or [chat_images for _, chat_images, _ in normalised]
+        videos = call_options.pop("videos", None) or [chat_videos for _, _, chat_videos in normalised]
+        output = self(images=images, text=prompts, videos=videos, **call_options, return_tensors=tensor_type)
         if return_assistant_tokens_mask:
             offsets = output.pop("offset_mapping")
             masks = [span_mask(row, spans) for row, spans in zip(offsets, assistant_spans, strict=True)]
@@ -482,29 +500,14 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
     def _most_tokens(self, cuts: Sequence[ImageViews], budget: Any) -> list[int]:
         return [most_tokens(cost, budget) for cost in self._costs(cuts)]
 
-    def _check_images_match(self, texts: list[str], num_images: int, rows: list[int] | None) -> None:
-        if rows is not None and len(rows) != len(texts):
-            raise ValueError(
-                f"`images` has {len(rows)} rows for {len(texts)} prompts. Pass one list of images per prompt, "
-                "empty for a prompt without images."
-            )
-        left = num_images
-        for row, prompt in enumerate(texts):
-            found = prompt.count(self.image_token)
-            given = min(found, left) if row + 1 < len(texts) else left
-            left -= given
-            given = rows[row] if rows is not None else given
-            if found != given:
-                raise ValueError(
-                    f"Row {row} of `text` has {found} {self.image_token!r} placeholder(s), but {given} image(s) are "
-                    f"given for it. Write one {self.image_token!r} per image (`apply_chat_template` does so for "
-                    "image parts), or pass as many images as there are placeholders."
-                )
-
-    def _encode(self, texts: list[str], counts: list[int] | None, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _encode(
+        self, texts: list[str], media: PromptMedia, counts: list[int] | None, text_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given."""
-        counts = [1] * sum(prompt.count(self.image_token) for prompt in texts) if counts is None else counts
-        expanded, shifts = expand_placeholders(texts, self.image_token, counts)
+        remaining = iter([1] * len(media.sources) if counts is None else counts)
+        slots = [sum(next(remaining) for _ in range(shown)) for shown in media.per_placeholder]
+        pattern = placeholder_pattern(self.image_token, videos=any(media.frames))
+        expanded, shifts = expand_placeholders(texts, pattern, self.image_token, slots)
         data = tokenize(self.tokenizer, expanded, {**text_kwargs, "return_token_type_ids": False})
         for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
             kept, expected = list(ids).count(self.image_token_id), prompt.count(self.image_token)
@@ -517,7 +520,9 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                     f"of row {row}, and an image without its placeholder cannot be read. Pass at least {full} for "
                     "this row, or `truncation=False` (in TRL: `max_length=None`)."
                 )
-        data["text_replacement_offsets"] = [replacement_offsets(row, self.image_token) for row in shifts]
+        data["text_replacement_offsets"] = [
+            replacement_offsets(prompt, row, self.image_token) for prompt, row in zip(texts, shifts, strict=True)
+        ]
         if "offset_mapping" in data:
             data["offset_mapping"] = [
                 [original_span(span, row_shifts) for span in row]
@@ -538,6 +543,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
     def _pixels(
         self,
         images: list[Image.Image],
+        sizes: list[tuple[int, int]],
         cuts: Sequence[ImageViews],
         return_tensors: str | None,
         images_kwargs: dict[str, Any],
@@ -547,8 +553,7 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
                 "`do_rescale=False` is not possible here: every image becomes 8-bit RGB first (fractions 0 to 1 are "
                 "recognised as such). Leave it out."
             )
-        # tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
-        sizes = [(image.height, image.width) for image in images]
+        # sizes are tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
         if self.tiling["type"] != "none":
             pixel_values = view_pixels(self.image_processor, images, cuts, self.tiling, images_kwargs)
             # one array: a tensor of a list of arrays is slow to build
@@ -556,10 +561,12 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
         images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
         return {"pixel_values": square_pixels(self.image_processor, images, images_kwargs), "image_sizes": sizes}
 
-    def _control_tokens(self) -> set[str]:
+    def _control_tokens(self, chats: Sequence[Any]) -> set[str]:
         added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        return special | set(self.tokenizer.all_special_tokens) | {self.image_token}
+        special = {token.content for token in added if token.special} | {self.image_token}
+        if any(holds_video(message) for chat in chats for message in chat):
+            special.add(VIDEO_TOKEN)  # elsewhere it is a word like any other
+        return special | set(self.tokenizer.all_special_tokens)
 
     def _template(self, name: str | None) -> str:
         own = self.chat_template

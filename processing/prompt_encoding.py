@@ -77,48 +77,50 @@ def normalise_messages(
 
 
 def expand_placeholders(
-    texts: Sequence[str], placeholder: str, counts: Sequence[int]
+    texts: Sequence[str], pattern: re.Pattern[str], image_token: str, counts: Sequence[int]
 ) -> tuple[list[str], list[list[tuple[int, int, int]]]]:
-    """Repeat each placeholder as often as its image has visual tokens.
+    """Write as many image placeholders for each placeholder as it has visual tokens (compact: images).
 
     Args:
-        texts: Prompts with one placeholder per image.
-        counts: Tokens of each image, in prompt order.
+        texts: Prompts with one placeholder per image or video.
+        pattern: Matches a placeholder.
+        image_token: What is written in its place.
+        counts: How often, for each placeholder, in prompt order.
 
     Returns:
-        The expanded prompts, and for each image of each prompt its position and its length before and after.
+        The expanded prompts, and for each placeholder of each prompt its position and its length before and after.
     """
     remaining = iter(counts)
     expanded, shifts = [], []
     for prompt in texts:
-        pieces = prompt.split(placeholder)
-        result, row_shifts, position = pieces[0], [], len(pieces[0])
-        for piece in pieces[1:]:
-            placeholders = placeholder * next(remaining)
-            row_shifts.append((position, len(placeholder), len(placeholders)))
-            result += placeholders + piece
-            position += len(placeholder) + len(piece)
-        expanded.append(result)
+        result, row_shifts, position = "", [], 0
+        for match in pattern.finditer(prompt):
+            placeholders = image_token * next(remaining)
+            row_shifts.append((match.start(), len(match.group()), len(placeholders)))
+            result += prompt[position : match.start()] + placeholders
+            position = match.end()
+        expanded.append(result + prompt[position:])
         shifts.append(row_shifts)
     return expanded, shifts
 
 
-def replacement_offsets(shifts: Sequence[tuple[int, int, int]], placeholder: str) -> list[dict[str, Any]]:
-    """The images of one prompt as transformers 5 tells of them in `text_replacement_offsets`.
+def replacement_offsets(prompt: str, shifts: Sequence[tuple[int, int, int]], image_token: str) -> list[dict[str, Any]]:
+    """The images and videos of one prompt as transformers 5 tells of them in `text_replacement_offsets`.
 
     Args:
-        shifts: Position and length before and after of each image, as `expand_placeholders` gives them.
-        placeholder: What stood in the prompt.
+        prompt: Before expansion.
+        shifts: Position and length before and after of each placeholder, as `expand_placeholders` gives them.
+        image_token: What was written in their place.
     """
     offsets, gained = [], 0
     for position, before, after in shifts:
         offsets.append(
             {
-                "type": "image",
+                "type": "image" if prompt[position : position + before] == image_token else "video",
                 "span": (position, position + before),
                 "new_span": (position + gained, position + gained + after),
-                "text": placeholder,
-                "replacement": placeholder * (after // before),
+                "text": prompt[position : position + before],
+                "replacement": image_token * (after // len(image_token)),
             }
         )
         gained += after - before
@@ -169,6 +171,12 @@ def tokenize(tokenizer: Any, texts: list[str], text_kwargs: dict[str, Any]) -> d
             fill + row if left else row + fill for row, fill in zip(offsets, fills, strict=True)
         ]
     return padded
+
+
+def holds_video(message: Mapping[str, Any]) -> bool:
+    """Whether a chat message has a video part."""
+    content = message.get("content")
+    return not isinstance(content, str) and any(part.get("type") == "video" for part in content or ())
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
