@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, MobileNetV2Config
 from transformers.utils import logging
 
-from adaptive_llava import AdaptiveLlavaForConditionalGeneration
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaModel
 from adaptive_llava.modeling.compressor_average_pool import AveragePoolCompressor
 from adaptive_llava.modeling.router_classifier import ClassifierRouter
 from adaptive_llava.modeling.vision_tower_features import has_class_token
@@ -215,6 +215,16 @@ def test_a_block_that_the_tower_does_not_have_is_refused_when_configured(block):
     fields = POOLED | {"router": {"type": "classifier", "blocks": [block]}}
     with pytest.raises(ValueError, match=rf"reads hidden states \[{block}\], and this tower of 3 layers has 0 to 3"):
         tiny_model(**fields)
+
+
+def test_loaded_weights_are_not_started_anew(tmp_path):
+    model = tiny_model(**POOLED, fusion_blocks=[0, 1, 2, 3], router={"type": "classifier", "blocks": [1]})
+    model.save_pretrained(tmp_path)
+    for part in (AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaModel):
+        loaded = part.from_pretrained(tmp_path).state_dict()
+        for name, value in model.state_dict().items():
+            found = loaded.get(name, loaded.get(name.removeprefix("model.")))
+            assert name == "lm_head.weight" or torch.equal(found, value), name
 
 
 @pytest.mark.parametrize("loaded", [False, True])
