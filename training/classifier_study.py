@@ -143,7 +143,7 @@ def draw_scores(figure: Any, compared: Mapping[str, Any]) -> None:
         means = [row["mean_tokens"][kind] for row in scores.values()]
         right.barh(places + 0.2 * (1.5 - index), means, height=0.18, color=colour, label=kind)
     right.set(xlabel=f"mean visual tokens at a mean of {compared['target_mean']:.0f}", title="pad: tokens by kind")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _halves(kinds: np.ndarray, seed: int) -> np.ndarray:

@@ -98,7 +98,8 @@ def _classifier_scores(compared: dict[str, Any]) -> str:
         f"average. One was trained on {compared['rendered_images']} rendered pictures, the other on half of the real "
         "images and tested on the other half.\n\n"
         + table(["score", "images", *(f"AUC {pair}" for pair in first["auc"]), *kinds], rows)
-        + f"\n\nMean tokens by the classifiers' own threshold of 0.5, uncalibrated: {own}."
+        + f"\n\nMean tokens by the classifiers' own threshold of 0.5, uncalibrated: {own}. To tell "
+        "these kinds apart is what they were trained for; whether more tokens on them pay is not shown here."
     )
 
 
