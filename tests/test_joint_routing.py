@@ -178,6 +178,33 @@ def test_a_batch_without_images_leaves_the_router_alone(tmp_path):
     assert all(not p.grad.any() for p in model.model.router.parameters())
 
 
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        {"type": "anyres", "view_layout": "sequence"},
+        {"type": "anyres", "view_layout": "spatial_unpad"},
+        {"type": "mosaic"},
+    ],
+    ids=lambda tiling: tiling.get("view_layout", tiling["type"]),
+)
+def test_every_tile_of_an_image_is_routed_with_the_loss_of_its_row(tmp_path, tiling):
+    model = warm_model(tiling=tiling)
+    trainer = train(model, tmp_path, gradient_checkpointing=False)
+    batch = trainer.data_collator(list(message_dataset(4)))
+    outputs = model.train()(**batch, every_rung=True)
+    views = model.model.extract_features(batch["pixel_values"], batch.get("image_sizes")).views_per_image
+    images = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    owner = [row for row, count in enumerate(images) for _ in range(count)]
+    assert outputs.row_of_view.tolist() == [row for row, tiles in zip(owner, views, strict=True) for _ in range(tiles)]
+    for rung in range(3):
+        logits = model(**batch, visual_rungs=[rung] * sum(views)).logits
+        for row in range(4):
+            expected = F.cross_entropy(logits[row, :-1], batch["labels"][row, 1:], reduction="sum")
+            assert -outputs.log_probs[rung, row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.model.router.named_parameters())
+
+
 # ---- training
 
 

@@ -67,7 +67,7 @@ def _score_every_rung(
         logits = outputs[0].log_probs.new_zeros(0, num_rungs)
         rows = torch.zeros(0, dtype=torch.long, device=input_ids.device)
     else:
-        features = inner.extract_features(pixel_values)
+        features = inner.extract_features(pixel_values, image_sizes)
         logits = inner.router(features).logits
         views = len(logits)
         encode = functools.partial(inner.encode_images, pixel_values, image_sizes, features=features)
