@@ -599,7 +599,10 @@ def test_saved_models_load_with_the_same_bits(preset, tied, tmp_path):
     model.save_pretrained(tmp_path)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     again = AdaptiveLlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(again(**inputs).logits, expected.logits)
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    # weights that lie elsewhere in memory may round the product of a single row otherwise
+    assert largest(again(**inputs).logits - expected.logits) <= 2e-6
     head, embeddings = again.lm_head.weight, again.get_input_embeddings().weight
     assert (head.data_ptr() == embeddings.data_ptr()) is tied
     base = AdaptiveLlavaModel.from_pretrained(tmp_path)

@@ -186,8 +186,37 @@ def joint_routing(result: dict[str, Any]) -> str:
     )
 
 
+def systems(result: dict[str, Any]) -> str:
+    """What each preset adds to LLaVA-1.5-7B, and its distance from its authors' code."""
+    rows = []
+    for preset, row in result["systems"].items():
+        parts = row["parts"]
+        own = [part for name, part in parts.items() if name not in ("projector", "modality_prefusion")]
+        share = [sum(costs) / result["tower_gflops"] for costs in zip(*(part["gflops"] for part in own), strict=True)]
+        fused = parts.get("modality_prefusion")
+        rows.append(
+            [
+                f"`{preset}`",
+                ", ".join(map(str, row["token_counts"])),
+                f"{max(row['parity'].values()):.0e}" if row["parity"] else "no code published",
+                f"{sum(part['parameters'] for part in parts.values()) / 1e6:.1f}",
+                ", ".join(dict.fromkeys(f"{value:.1%}" for value in share)),
+                f"{fused['gflops'][0] / result['tower_gflops']:.1f} x the tower" if fused else "",
+            ]
+        )
+    plain = result["systems"]["llava"]["parts"]["projector"]["parameters"] / 1e6
+    header = ["preset", "tokens", "error", "parameters (M)", "compressor, router, fusion", "pre-fusion"]
+    return (
+        f"On LLaVA-1.5-7B's shapes ({result['shape']}; its own projector has {plain:.1f} million parameters): largest "
+        "difference in fp32 from the authors' recorded outputs, parameters between tower and language model, and "
+        f"matrix multiplications per image as a share of the tower's {result['tower_gflops']:.0f} GFLOPs, by token "
+        "count where it differs (`python -m adaptive_llava.training.system_report`):\n\n" + table(header, rows)
+    )
+
+
 BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quickstart": (quickstart, "make quickstart"),
+    "systems": (systems, "python -m adaptive_llava.training.system_report --golden ../shared/golden"),
     "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
     "pixel_agreement": (pixel_agreement, "python -m adaptive_llava.training.pixel_agreement"),
     "joint_routing": (joint_routing, "python -m adaptive_llava.training.joint_routing_study"),
