@@ -66,7 +66,8 @@ def media_of_prompts(
     pattern = placeholder_pattern(image_token, videos=bool(clips))
     next_picture: Iterator[Any] = iter(pictures)
     next_clip = iter(enumerate(clips))
-    media = PromptMedia([], [], [], [])
+    per_prompt: list[int] = []
+    media = PromptMedia([], [], [], per_prompt)
     for prompt in texts:
         before = len(media.sources)
         for placeholder in pattern.findall(prompt):
@@ -78,7 +79,7 @@ def media_of_prompts(
             media.sources.extend(shown)
             media.frames.extend([is_frame] * len(shown))
             media.per_placeholder.append(len(shown))
-        media.per_prompt.append(len(media.sources) - before)  # type: ignore[union-attr]
+        per_prompt.append(len(media.sources) - before)
     return media
 
 

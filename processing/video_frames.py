@@ -167,8 +167,8 @@ def _frames_of_file(path: Path, sampling: FrameSampling, name: str) -> list[Imag
             seconds = float(container.duration) / av.time_base if container.duration else None
             total = stream.frames or sum(1 for _ in container.decode(stream))  # some containers do not say
             container.seek(0)
-            wanted = sampling.indices(total, seconds, name)
-            chosen, last = set(wanted), wanted[-1] if wanted else -1
+            positions = sampling.indices(total, seconds, name)
+            chosen, last = set(positions), positions[-1] if positions else -1
             frames: list[Image.Image] = []
             for position, frame in enumerate(container.decode(stream)):
                 if position in chosen:

@@ -27,7 +27,7 @@ TINY_COMPRESSORS: dict[str, dict] = {
     "query_resampler": {"type": "query_resampler", "counts": [1, 4], "num_heads": 2},
     "query_resampler_nested": {"type": "query_resampler", "counts": [1, 4], "num_heads": 2, "query_sets": "nested"},
 }
-TINY_ROUTERS = {
+TINY_ROUTERS: dict[str, dict] = {
     "fixed": {"type": "fixed"},
     "random": {"type": "random"},
     "feature_std": {"type": "feature_std"},

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,12 @@ from tests.test_placeholder_generation import NEW, RAW, answers, check_logits, g
 pytestmark = pytest.mark.compat
 
 ROWS = torch.tensor([[5, IMAGE_TOKEN, 6, 7, IMAGE_TOKEN, 8, IMAGE_TOKEN, 9, 10]])
-PAIRS = {
+PAIRS: dict[str, dict] = {
     f"{compressor} + {router}": {"compressor": TINY_COMPRESSORS[compressor], "router": TINY_ROUTERS[router]}
     for compressor in TINY_COMPRESSORS
     for router in TINY_ROUTERS
 }
-SYSTEMS = {**PAIRS, **{preset: {"preset": preset} for preset in PRESETS_HERE}}
+SYSTEMS: dict[str, dict] = {**PAIRS, **{preset: {"preset": preset} for preset in PRESETS_HERE}}
 every_system = pytest.mark.parametrize("name", SYSTEMS)
 every_compressor = pytest.mark.parametrize("name", TINY_COMPRESSORS)
 every_router = pytest.mark.parametrize("name", TINY_ROUTERS)
@@ -94,7 +95,7 @@ def test_an_images_tokens_do_not_depend_on_its_batch(name):
 @every_system
 def test_every_trainable_part_gets_a_gradient_over_the_replayed_rungs(name):
     model = build(name).train()
-    total = 0
+    total: Any = 0
     for rung in range(len(model.config.visual_token_counts)):
         outputs = model(input_ids=ROWS, pixel_values=tiny_images(3), labels=ROWS, visual_rungs=[rung] * 3)
         total = total + outputs.loss

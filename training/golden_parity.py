@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from adaptive_llava.training.checkpoint_layouts import LAYOUTS, new_places
 
 
 Golden = Mapping[str, Tensor]
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def parity_errors(folder: Path, preset: str) -> dict[str, float]:
@@ -131,7 +133,7 @@ def on_grid(patches: Tensor) -> VisionFeatures:
     return VisionFeatures(patches, (side, side), None, patches.new_zeros(views, 3, 1, 1), (1,) * views)
 
 
-def _loaded(part: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def _loaded(part: Part, state: Mapping[str, Tensor]) -> Part:
     part.load_state_dict(state)
     return part.eval()
 
