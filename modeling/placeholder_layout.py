@@ -25,12 +25,14 @@ class PlaceholderLayout:
         aligned: For each input id its last expanded slot, `(B, L)`; -1 for dropped padding.
         attention_mask: `(B, T)`, or `None` if every slot is attended.
         position_ids: `(B, T)`, or `None` if they count up from 0 in every row.
+        drops_padding: Whether an input id has no slot.
     """
 
     source: Tensor
     aligned: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
+    drops_padding: bool
 
     @property
     def surplus(self) -> int:
@@ -47,7 +49,7 @@ class PlaceholderLayout:
         """States at the input ids: `(B, T, D)` -> `(B, L, D)`, zero where padding was dropped."""
         columns = self.aligned.clamp(min=0).to(states.device, non_blocking=True)
         gathered = states.gather(1, columns.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        if int(self.aligned.min()) < 0:
+        if self.drops_padding:
             dropped = (self.aligned < 0).to(states.device, non_blocking=True)
             gathered = gathered.masked_fill(dropped.unsqueeze(-1), 0)
         return gathered
@@ -160,7 +162,7 @@ def build_layout(
     open_mask = packed or (bool(mask.all()) and past_mask is None)
     if past_mask is not None:
         mask = torch.cat([past_mask, mask], dim=1)
-    return PlaceholderLayout(source, aligned, None if open_mask else mask, positions)
+    return PlaceholderLayout(source, aligned, None if open_mask else mask, positions, bool((width == 0).any()))
 
 
 def _without_edges(attended: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from adaptive_llava import PRESETS
 from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 from adaptive_llava.modeling.compressor_registry import COMPRESSORS
 from adaptive_llava.modeling.option_schema import build_part
+from adaptive_llava.modeling.placeholder_layout import build_layout
 from adaptive_llava.modeling.preset_table import PRESET_ALIASES
 from adaptive_llava.modeling.router_registry import ROUTERS
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
@@ -226,3 +227,31 @@ def test_a_router_compiles_in_one_graph_on_every_grid(name, grid):
     expected = router(features)
     assert torch.equal(routing.rungs, expected.rungs)
     torch.testing.assert_close(routing.scores, expected.scores)
+
+
+@every_router
+def test_tower_and_router_compile_in_one_graph(name):
+    torch._dynamo.reset()
+    model = build(f"average_pool + {name}").eval().model
+
+    def route(pixels):
+        routing = model.router(model.extract_features(pixels))
+        return routing.rungs, routing.scores
+
+    with torch.no_grad():
+        expected = route(tiny_images(3))  # first: transformers 5 installs a tower's hooks behind a lock, once
+        rungs, scores = torch.compile(route, fullgraph=True, backend="eager")(tiny_images(3))
+    assert torch.equal(rungs, expected[0])
+    torch.testing.assert_close(scores, expected[1])
+
+
+def test_the_splice_compiles_in_one_graph_given_host_lengths():
+    torch._dynamo.reset()
+    text, visual = torch.randn(1, ROWS.shape[1], 8), torch.randn(14, 8)
+    layout = build_layout(ROWS, None, None, (1, 4, 9), IMAGE_TOKEN)
+
+    def splice_and_gather(text, visual):
+        return layout.gather(layout.splice(text, visual))
+
+    compiled = torch.compile(splice_and_gather, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(text, visual), splice_and_gather(text, visual))
