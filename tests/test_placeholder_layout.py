@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from adaptive_llava.modeling.placeholder_layout import build_layout
 
@@ -220,3 +221,29 @@ def test_an_empty_row_leaves_nothing_but_filling():
     layout = build_layout(torch.tensor([[PAD, PAD], [1, 2]]), torch.tensor([[0, 0], [1, 1]]), None, (), IMAGE)
     assert layout.aligned[0].tolist() == [-1, -1]
     assert layout.attention_mask[0].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "side"), [("right_maxNone", "right"), ("left_maxNone", "left"), ("right_max9", "right")]
+)
+def test_spliced_rows_equal_those_of_llavas_code(shared, case, side):
+    golden = load_file(shared / "golden" / "llava15" / f"splice_{case}.safetensors")
+    ids, mask, labels = (golden[f"input.{name}"].long() for name in ("input_ids", "attention_mask", "labels"))
+    if case.startswith("left"):  # the authors' rows come padded right and leave padded left; ours stay as they came
+        shifts = [int((row == 0).sum()) for row in mask]
+        ids, mask, labels = (
+            torch.stack([row.roll(shift) for row, shift in zip(rows, shifts, strict=True)])
+            for rows in (ids, mask, labels)
+        )
+    features = golden["input.image_features"]
+    images = int(((ids == -200) & (mask == 1)).sum())  # their text-only row has one too, of which nothing is used
+    layout = build_layout(ids, mask, None, (features.shape[1],) * images, -200)
+    rows = layout.splice(golden["input.embed_tokens"][ids.clamp(min=0)], features[:images].flatten(0, 1))
+    scored = torch.full(rows.shape[:2], -100)
+    columns = layout.aligned.clamp(min=0)
+    scored.scatter_(1, columns, labels.masked_fill((ids == -200) | (layout.aligned < 0), -100))
+    length = golden["output.labels"].shape[1]  # they cut what is too long; here the processor refuses it
+    attended = golden["output.attention_mask"].bool()
+    assert torch.equal(layout.attention_mask[:, :length].bool(), attended)
+    torch.testing.assert_close(rows[:, :length][attended], golden["output.inputs_embeds"][attended], rtol=0, atol=0)
+    assert torch.equal(scored[:, :length][attended], golden["output.labels"][attended])
