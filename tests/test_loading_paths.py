@@ -383,7 +383,7 @@ def test_an_uploaded_file_names_only_its_flat_neighbours_and_its_dependencies(na
     allowed = {"torch", "transformers", "PIL", "numpy", "safetensors", "huggingface_hub"} | sys.stdlib_module_names
     for node, guarded in imports_of(uploaded_files()[name]):
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            assert {alias.name.split(".")[0] for alias in node.names} - allowed <= {"av"}
         elif node.level:
             assert node.level == 1 and node.module in known, f"line {node.lineno}: write `from .name import X`"
             assert "*" not in {alias.name for alias in node.names}
@@ -392,6 +392,13 @@ def test_an_uploaded_file_names_only_its_flat_neighbours_and_its_dependencies(na
             assert guarded and node.module.removeprefix("adaptive_llava.modeling.") in known
         else:
             assert node.module.split(".")[0] in allowed
+
+
+def test_transformers_takes_only_the_dependencies_for_requirements_of_remote_code():
+    from transformers.dynamic_module_utils import get_imports
+
+    required = {name for path in uploaded_files().values() for name in get_imports(path)}
+    assert required <= {"torch", "transformers", "PIL", "numpy"} | set(sys.stdlib_module_names)
 
 
 def test_every_uploaded_file_is_reached_from_the_classes_of_the_auto_map():
