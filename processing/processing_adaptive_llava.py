@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES
-from .count_prediction import most_tokens, routing_known_beforehand, rungs_known_beforehand
-from .image_loading import flatten_images, image_size, load_image
+from .image_loading import load_image
 from .prompt_encoding import (
     control_token_pattern,
     expand_placeholders,
@@ -35,23 +34,24 @@ from .prompt_encoding import (
     tokenize,
 )
 from .prompt_media import VIDEO_TOKEN, PromptMedia, media_of_prompts, placeholder_pattern
+from .token_counting import TokenCountingMixin
 from .tower_image_processor import square_image_processor
 from .video_frames import FrameSampling
-from .view_tiling import before_padding, cut_images, in_company, routed_views, square_pixels, view_pixels
+from .view_tiling import cut_images, in_company, square_pixels, view_pixels
 
 
-# In a checkpoint these three stand beside this file; in the installed package they do not.
+# In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
-    from .visual_token_geometry import ImageCost
+    from .view_geometry import FRAME_SIZE, ImageViews
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
-    from adaptive_llava.modeling.visual_token_geometry import ImageCost
+    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, ImageViews
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
+    from .count_prediction import rungs_known_beforehand  # noqa: F401
     from .pixel_statistics import pixel_routing  # noqa: F401
+    from .visual_token_geometry import ImageCost  # noqa: F401
 
 
 LAYOUTS = ("compact", "expanded")
@@ -82,7 +82,7 @@ class AdaptiveLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012, a TypedDict takes no ClassVar
 
 
-class AdaptiveLlavaProcessor(ProcessorMixin):
+class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
     """Turns images, text and chats into inputs of an adaptive LLaVA model.
 
     Args:
@@ -285,94 +285,6 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
             output["text_replacement_offsets"] = offsets
         return output
 
-    def count_tokens(
-        self,
-        images: Any = None,
-        *,
-        image_sizes: Sequence[Sequence[int]] | None = None,
-        images_per_prompt: Sequence[int] | None = None,
-        visual_token_budget: Any = None,
-        visual_rungs: Sequence[int] | None = None,
-        allow_urls: bool = False,
-        **images_kwargs: Any,
-    ) -> list[int]:
-        """Visual tokens each image will cost.
-
-        Args:
-            images: Images in any form that a call takes, one list per prompt where a prompt has several; or, without
-                AnyRes, just their number. Pixels are read only where the `pixel_std` router decides.
-            image_sizes: Height and width of each image in pixels, in place of `images`.
-            images_per_prompt: Images of each prompt, beside `image_sizes`.
-            visual_token_budget: As in a call; `{"total": n}` is shared by each inner list of `images`.
-            visual_rungs: As in a call.
-            allow_urls: Fetch images given as `http(s)` addresses.
-            images_kwargs: Options of the image processor, as in a call.
-
-        Returns:
-            Tokens per image, newlines included. Exact for the `fixed` router, a whole-number budget, `visual_rungs`,
-            and the `pixel_std` router given images; otherwise the most that the router may choose.
-        """
-        sources, rows = (None, images_per_prompt) if isinstance(images, int) else flatten_images(images)
-        if image_sizes is not None:
-            cuts = cut_images(self.tiling, image_sizes, in_company(self.tiling, images_per_prompt))
-        elif sources is not None:
-            tiled = self.tiling["type"] == "anyres"
-            sizes = [image_size(source, index=index) if tiled else (1, 1) for index, source in enumerate(sources)]
-            cuts = cut_images(self.tiling, sizes, in_company(self.tiling, rows))
-        elif self.tiling["type"] != "anyres":
-            cuts = [ImageViews()] * images
-        else:
-            raise ValueError(
-                f"`images={images}` does not tell the tiles, which follow from the size of each image. Pass the "
-                "images themselves, or `image_sizes=[(height, width), ...]`."
-            )
-        decision = (visual_token_budget, visual_rungs, rows)
-        counts, _ = self._counts_known_beforehand(cuts, *decision)
-        if counts is None and self._routes_by_pixels and sources:
-            loaded = self._load(sources, allow_urls, images_kwargs)
-            sizes = [(image.height, image.width) for image in loaded]
-            pixels = self._pixels(loaded, sizes, cuts, None, images_kwargs)["pixel_values"]
-            counts, _ = self._counts_known_beforehand(cuts, *decision, pixels)
-        return self._most_tokens(cuts, visual_token_budget) if counts is None else counts
-
-    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What stands in a prompt for one image: the hook that transformers 5 and serving engines call.
-
-        Args:
-            image_inputs: What the image processor gave for all images; with the `pixel_std` router its
-                `pixel_values` decide.
-            image_idx: Which image.
-            kwargs: `visual_token_budget` or `visual_rungs` of the call.
-
-        Returns:
-            One placeholder per visual token; where only the model can tell, as many as the router may choose.
-        """
-        if self.layout == "compact":
-            return self.image_token
-        decision = _only_counts(kwargs)
-        budget, rungs = decision.get("visual_token_budget"), decision.get("visual_rungs")
-        pixels = image_inputs.get("pixel_values")
-        sizes = image_inputs.get("image_sizes")
-        if sizes is not None:
-            whole = before_padding(self.tiling, pixels)
-            cuts = cut_images(self.tiling, [[int(side) for side in size] for size in sizes], whole)
-        else:
-            cuts = [ImageViews()] * (image_idx + 1 if pixels is None else len(pixels))
-        if not self._routes_by_pixels:
-            pixels = None
-        elif pixels is not None and not decision:  # alone: a router never looks across images
-            pixels, cuts, image_idx = pixels[image_idx : image_idx + 1], cuts[image_idx : image_idx + 1], 0
-        counts, _ = self._counts_known_beforehand(cuts, budget, rungs, None, pixels)
-        return self.image_token * (self._most_tokens(cuts, budget) if counts is None else counts)[image_idx]
-
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        # vLLM's hook. Sizes tell no more than the most that a router may choose: right for reserving memory. Spans
-        # of a prompt are found in the prompt, or this is exact: after `freeze-budget`, or given a budget or rungs
-        if image_sizes is None:
-            return MultiModalData()
-        counts = self.count_tokens(image_sizes=image_sizes, **_only_counts(kwargs))
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
-
     def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """1 at image placeholders, 0 elsewhere, `(batch, length)`."""
         image_token_id = self.image_token_id
@@ -464,41 +376,6 @@ class AdaptiveLlavaProcessor(ProcessorMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
         """Nothing to do: `save_pretrained` writes the code itself."""
-
-    def _costs(self, cuts: Sequence[ImageViews]) -> list[ImageCost]:
-        if self.compressor is None or self.grid is None:
-            raise ValueError(
-                "This processor does not know the model's token counts: `compressor` and `grid` are missing. Build "
-                "it with `AdaptiveLlavaProcessor.from_config(config, tokenizer)`."
-            )
-        return image_costs(self.tiling, self.compressor, view_grid(self.tiling, self.grid), cuts)
-
-    @property
-    def _routes_by_pixels(self) -> bool:
-        return (self.router or {}).get("type") == "pixel_std"
-
-    def _counts_known_beforehand(
-        self,
-        cuts: Sequence[ImageViews],
-        budget: Any,
-        rungs: Sequence[int] | None,
-        images_per_prompt: Sequence[int] | None = None,
-        pixels: Any = None,
-    ) -> tuple[list[int] | None, list[int] | None]:
-        """Tokens of each image and rung of each view, or (None, None) if only the router can tell."""
-        if self.compressor is None and budget is None and rungs is None:
-            return None, None
-        costs, grid = self._costs(cuts), view_grid(self.tiling, self.grid)
-        seen = None if pixels is None else routed_views(self.tiling, cuts, pixels)
-        routed = routing_known_beforehand(self.router or {}, costs, grid=grid, pixels=seen)
-        chosen = rungs_known_beforehand(routed, costs, budget, rungs, images_per_prompt)
-        if chosen is None:
-            return None, None
-        remaining = iter(chosen)
-        return [cost.tokens([next(remaining) for _ in range(cost.views)]) for cost in costs], chosen
-
-    def _most_tokens(self, cuts: Sequence[ImageViews], budget: Any) -> list[int]:
-        return [most_tokens(cost, budget) for cost in self._costs(cuts)]
 
     def _encode(
         self, texts: list[str], media: PromptMedia, counts: list[int] | None, text_kwargs: dict[str, Any]
@@ -604,10 +481,6 @@ def _check_texts(text: Any) -> list[str]:
     if not texts or not all(isinstance(prompt, str) for prompt in texts):
         raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
     return texts
-
-
-def _only_counts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in ("visual_token_budget", "visual_rungs") if key in kwargs}
 
 
 def _make_tokenizer_config_portable(path: Path) -> None:

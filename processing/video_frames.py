@@ -128,6 +128,12 @@ def flatten_videos(videos: Any) -> tuple[list[Any], list[int] | None]:
         )
     if all(_is_video(item) for item in videos):
         return list(videos), None
+    wrong = [row for row in videos if not (row is None or isinstance(row, (list, tuple)) or _is_video(row))]
+    if wrong:
+        raise ValueError(
+            f"`videos` holds a {type(wrong[0]).__name__}. Pass a list of videos (paths, arrays or frame lists), or one "
+            "such list per prompt."
+        )
     rows = [[] if row is None else [row] if _is_video(row) else list(row) for row in videos]
     return [video for row in rows for video in row], [len(row) for row in rows]
 

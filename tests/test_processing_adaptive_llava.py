@@ -234,7 +234,9 @@ def test_text_of_another_type_is_refused(processor, text):
 
 
 def test_other_modalities_and_empty_calls_are_refused(processor):
-    with pytest.raises(ValueError, match="`videos` was given, but this model reads images only"):
+    with pytest.raises(ValueError, match="`audio` was given, but this model reads images and videos only"):
+        processor(text="a", audio=[1])
+    with pytest.raises(ValueError, match="`videos` holds a int. Pass a list of videos"):
         processor(text="a", videos=[1])
     with pytest.raises(ValueError, match="`images` and `text` are both missing"):
         processor()
@@ -599,7 +601,7 @@ def test_begin_of_sequence_is_added_once():
     ("messages", "message"),
     [
         ([], "`conversation` is empty"),
-        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "a part of type 'video'"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "a part of type 'audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"a part of type 'text' with keys \['type'\]"),
         ([{"role": "user", "content": [{"type": "image", "base64": "&"}]}], "is not valid base64"),
         ([{"role": "robot", "content": "x"}], "Role robot"),
