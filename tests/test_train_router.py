@@ -222,6 +222,7 @@ def test_a_changed_image_model_or_input_is_not_taken_from_the_cache(models, data
     assert computed(models[2], "--features", "mean") == 40
     other = save_model(tmp_path / "model", seed=1)
     assert computed(other) == 40
+    assert computed(save_model(tmp_path / "tiled", tiling={"type": "mosaic"})) == 40
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:100])  # cut short by a full disk
     assert computed(models[2]) == 40
@@ -237,6 +238,20 @@ def test_a_tower_without_class_token_is_read_by_its_mean_in_any_precision(dtype,
     assert result_of(folder)["held_out"]["separation"]["at least 36 tokens"]["auc"] > 0.9
     weights = load_file(folder / "model.safetensors")
     assert {value.dtype for name, value in weights.items() if ".router." in name} == {dtype}
+
+
+@pytest.mark.parametrize("layout", ["sequence", "spatial_unpad"])
+def test_a_tiled_model_learns_from_whole_images_and_judges_every_tile(layout, data, tmp_path):
+    model = save_model(tmp_path / "model", tiling={"type": "anyres", "view_layout": layout})
+    folder = train(tmp_path / "routed", model, tmp_path / "cache", *two_classes(data))
+    choices = result_of(folder)["held_out"]["choices"]
+    routed, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
+    for choice in choices[:4]:
+        inputs = processor(images=data / choice["source"] / choice["image"], return_tensors="pt")
+        features = routed.model.extract_features(inputs["pixel_values"], inputs["image_sizes"])
+        scores = routed.model.router(features).scores
+        assert len(scores) == features.views_per_image[0] > 1
+        assert scores[0].item() == pytest.approx(choice["score"], abs=1e-4)
 
 
 def test_a_classifier_keeps_its_options_until_told_otherwise():

@@ -104,6 +104,8 @@ class RouterInputs:
     @torch.no_grad()
     def _compute(self, images: dict[str, Image.Image]) -> None:
         pixels = self.processor(images=list(images.values()), return_tensors="pt")["pixel_values"]
+        if self.model.config.tiling["type"] == "anyres":
+            pixels = pixels[:, 0]  # the whole image, which its label is about: a tile of a page may be empty
         values = self.router.inputs(self.model.extract_features(pixels)).cpu().numpy()
         if not np.isfinite(values).all():
             raise ValueError("The vision tower's features are not finite for some images. Load the model in float32.")
@@ -133,6 +135,7 @@ def _fingerprint(model: Any, router: ClassifierRouter, processor: Any) -> str:
         "vision_config": model.config.vision_config.to_dict(),
         "vision_feature_layer": model.config.vision_feature_layer,
         "fusion": [model.config.fusion_blocks, model.config.fusion_variant],
+        "tiling": model.config.tiling,
         "features": router.features,
         "blocks": router.blocks,
     }

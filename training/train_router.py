@@ -7,7 +7,8 @@
 
 The first command has the sources of the DynamicResampler report, which trains its router apart from the model: pages,
 charts and text in pictures get the most tokens, plain pictures the fewest. The images of a source all want one rung
-(0 is the fewest tokens). What the router reads of each is computed once and kept; see `router_inputs.py`.
+(0 is the fewest tokens). What the router reads of each is computed once and kept; see `router_inputs.py`. With AnyRes
+it learns from whole images, since a label says nothing of a tile, and then judges each tile by itself as it did those.
 
 Part of the images is only measured: what is printed, and written to `router_training.json` beside the model, comes
 from these. The model's other weights stay as they are; its router, of whatever type, is replaced by the trained one.
