@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from adaptive_llava import AdaptiveLlavaProcessor
 from adaptive_llava.__main__ import main
 from adaptive_llava.training.freeze_budget import CONFIG, INDEX, PROCESSOR, freeze_budget
+from adaptive_llava.training.train_router import RESULTS
 from tests.conftest import tiny_model
 from tests.fresh_process import run_without_package
 from tests.test_convert import character_tokenizer, picture
@@ -23,9 +24,10 @@ pytestmark = pytest.mark.compat
 PROMPT = "Is <image> like <image>?"
 
 
-def save(folder: Path, **saving) -> Path:
-    model = tiny_model("dfmr")
+def save(folder: Path, tiling=None, **saving) -> Path:
+    model = tiny_model("dfmr", tiling=tiling)
     model.config.calibration = {"target_mean": 14.0}
+    model.config.router_training = {"method": "train_router"}
     model.save_pretrained(folder, **saving)
     AdaptiveLlavaProcessor.from_config(model.config, character_tokenizer()).save_pretrained(folder)
     return folder
@@ -103,12 +105,21 @@ def test_the_largest_count_that_fits_is_taken(checkpoint, tmp_path, tokens, rung
     assert processor.count_tokens(2) == [config.visual_token_counts[rung]] * 2
 
 
-def test_everything_but_two_entries_is_the_sources_byte_by_byte(checkpoint, tmp_path):
+def test_of_a_tiled_image_every_view_gets_the_count(tmp_path, capsys):
+    source = save(tmp_path / "source", tiling={"type": "anyres"})
+    assert main(["freeze-budget", str(source), "--tokens", "9", "--to", str(tmp_path / "frozen")]) == 0
+    assert "frozen: 9 visual tokens for every view" in capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(tmp_path / "frozen")
+    # the whole and 1x2 or 2x2 tiles, with a newline behind each row of these
+    assert processor.count_tokens(image_sizes=[(24, 48), (48, 48)]) == [3 * 9 + 1, 5 * 9 + 2]
+
+
+def test_everything_but_a_few_entries_is_the_sources_byte_by_byte(checkpoint, tmp_path):
     freeze_budget(checkpoint, tmp_path / "frozen", 9)
     before, after = contents(checkpoint), contents(tmp_path / "frozen")
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {CONFIG, PROCESSOR}
-    for name, changed in ((CONFIG, {"router", "calibration"}), (PROCESSOR, {"router", "layout"})):
+    for name, changed in ((CONFIG, {"router", "calibration", "router_training"}), (PROCESSOR, {"router", "layout"})):
         old, new = json.loads(before[name]), json.loads(after[name])
         assert {key for key in old | new if old.get(key) != new.get(key)} == changed
     assert not any(path.samefile(checkpoint / path.name) for path in (tmp_path / "frozen").iterdir())
@@ -117,7 +128,7 @@ def test_everything_but_two_entries_is_the_sources_byte_by_byte(checkpoint, tmp_
 def test_what_trainers_left_and_what_describes_the_router_is_not_copied(checkpoint, tmp_path):
     source = tmp_path / "source"
     save(source)
-    names = ("optimizer.pt", "training_args.bin", "README.md", "calibration_histogram.png", ".hidden")
+    names = ("optimizer.pt", "training_args.bin", "README.md", "calibration_histogram.png", RESULTS, ".hidden")
     for name in names:
         (source / name).write_text("x")
     (source / "checkpoint-10").mkdir()

@@ -1,4 +1,4 @@
-"""Write a copy of a checkpoint that spends the same number of visual tokens on every image.
+"""Write a copy of a checkpoint that spends the same number of visual tokens on every image (with AnyRes: view).
 
     python -m adaptive_llava freeze-budget my_model --tokens 144 --to my_model_144
 
@@ -26,7 +26,8 @@ from adaptive_llava.training.whole_folder import check_free, whole_folder
 
 CONFIG, PROCESSOR, INDEX = "config.json", "processor_config.json", "model.safetensors.index.json"
 # what only trainers read, and what tells of the former router
-_LEFT_OUT = ("*.pt", "*.pth", "*.bin", "README.md", "calibration_histogram.png", "trainer_state.json")
+_LEFT_OUT = ("*.pt", "*.pth", "*.bin", "README.md", "trainer_state.json")
+_LEFT_OUT += ("calibration_histogram.png", "router_training.json")
 
 
 def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: int) -> AdaptiveLlavaConfig:
@@ -35,7 +36,8 @@ def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: 
     Args:
         source: Folder of an adaptive LLaVA model with its processor.
         target: Folder to write; must not exist, or be empty.
-        tokens: Most visual tokens for an image. The largest count that fits is taken.
+        tokens: Most visual tokens for an image; with AnyRes for each of its views, so that an image's tokens follow
+            from its size. The largest count that fits is taken.
 
     Returns:
         The copy's config.
@@ -60,7 +62,7 @@ def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: 
         if (folder / "additional_chat_templates").is_dir():
             shutil.copytree(folder / "additional_chat_templates", copy / "additional_chat_templates")
         _forget_router_weights(copy)
-        _change(copy / CONFIG, router=router, calibration=None)
+        _change(copy / CONFIG, router=router, calibration=None, router_training=None)
         _change(copy / PROCESSOR, router=router, layout="expanded")
     return AdaptiveLlavaConfig.from_pretrained(str(target))
 
@@ -69,12 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Freeze as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m adaptive_llava freeze-budget", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="DIR", help="folder of an adaptive LLaVA model with its processor")
-    parser.add_argument("--tokens", type=int, required=True, help="most visual tokens for an image")
+    parser.add_argument(
+        "--tokens", type=int, required=True, help="most visual tokens for an image (AnyRes: for a view)"
+    )
     parser.add_argument("--to", dest="target", required=True, help="folder to write")
     options = parser.parse_args(arguments)
     config = freeze_budget(options.source, options.target, options.tokens)
     count = config.visual_token_counts[config.router["rung"]]
-    print(f"{options.target}: {count} visual tokens for every image (of {list(config.visual_token_counts)})")
+    part = "view" if config.tiling["type"] == "anyres" else "image"
+    print(f"{options.target}: {count} visual tokens for every {part} (of {list(config.visual_token_counts)})")
     return 0
 
 
