@@ -514,8 +514,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     def _project(self, tokens: Tensor) -> Tensor:
         if self.multi_modal_projector is None:
             return tokens
-        # the backbones may have been loaded in different precisions
-        return self.multi_modal_projector(tokens.to(next(self.multi_modal_projector.parameters()).dtype))
+        # the backbones may have been loaded in different precisions; a bias keeps its own when weights are quantised
+        kept = (own.dtype for own in self.multi_modal_projector.parameters() if own.is_floating_point())
+        return self.multi_modal_projector(tokens.to(next(kept, tokens.dtype)))
 
     def _is_compact(self, input_ids: Tensor, lengths: Sequence[int]) -> bool:
         per_row = (input_ids == self.config.image_token_id).sum(1).tolist()

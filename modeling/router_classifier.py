@@ -128,7 +128,8 @@ class ClassifierRouter(Router):
 
     def logits(self, inputs: Tensor) -> Tensor:
         """The network, `(V, input_dim)` -> fp32 `(V, num_rungs)`; for two rungs `(0, z)`, P(document) = sigmoid z."""
-        hidden = self.activation(self.linear_1(inputs.to(self.linear_1.weight.dtype)))
+        # a bias keeps its precision when weights are quantised
+        hidden = self.activation(self.linear_1(inputs.to(self.linear_1.bias.dtype)))
         logits = self.linear_2(hidden).float()
         return torch.cat([torch.zeros_like(logits), logits], dim=-1) if self.num_rungs == 2 else logits
 

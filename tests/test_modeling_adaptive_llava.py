@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaModel
+from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 from tests.conftest import (
     IMAGE_TOKEN,
     MODELS_HERE,
@@ -531,6 +532,40 @@ def test_parts_of_different_precision_work_together(preset):
             part.bfloat16()
     mixed = model(**inputs, visual_rungs=exact.visual_rungs)
     assert largest(mixed.logits.float() - exact.logits) <= 0.1 * largest(exact.logits)
+
+
+class PackedLinear(torch.nn.Linear):
+    """Holds its weight as bytes, as 4-bit layers do, and works in its input's precision."""
+
+    def __init__(self, layer):
+        super().__init__(1, 1, bias=layer.bias is not None, device="meta")
+        self.shape, self.bias = layer.weight.shape, layer.bias
+        packed = layer.weight.detach().view(torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, states):
+        weight = self.weight.view(torch.float32).view(self.shape).to(states.dtype)
+        bias = None if self.bias is None else self.bias.to(states.dtype)
+        return torch.nn.functional.linear(states, weight, bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("preset", ["stf-mbtf", "llava-mini", "dynamic-resampler"])
+def test_parts_whose_weights_are_packed_read_no_bytes(preset, bias):
+    # the recommended quantisation leaves these parts out; a user's own may not
+    model = tiny_model(preset, multimodal_projector_bias=bias)
+    inputs = {"input_ids": torch.tensor([[5, IMG, 6]]), "pixel_values": tiny_images(1)}
+    exact = model(**inputs)
+    for part in OWN_PARTS:
+        module = getattr(model.model, part)
+        linear = [] if module is None else [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name in linear:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], PackedLinear(module.get_submodule(name)))
+    packed = model(**inputs)
+    assert packed.visual_rungs.tolist() == exact.visual_rungs.tolist()
+    assert torch.equal(packed.visual_router_scores, exact.visual_router_scores)
+    assert largest(packed.logits - exact.logits) <= 1e-5
 
 
 @every_preset

@@ -58,7 +58,7 @@ def language_model_targets(model: nn.Module, targets: str | Sequence[str] | None
 def fully_trained_modules(model: nn.Module, *, vision_tower: bool = False) -> list[str]:
     """Full names of the modules trained beside LoRA, for PEFT's `modules_to_save`.
 
-    Multi-block fusion, compressor, projector and router, as far as they have parameters meant to be trained.
+    This package's own parts (`OWN_PARTS`), as far as they have parameters meant to be trained.
 
     Args:
         model: An `AdaptiveLlavaForConditionalGeneration`.
