@@ -30,7 +30,8 @@ OWN_PARTS = (
     "modality_prefusion",
 )
 
-_LLAVA_CLASSES = {
+# Of transformers, by `model_type`.
+LLAVA_CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
@@ -75,13 +76,13 @@ class BackboneAssemblyMixin:
                 name: loading[name] for name in ("revision", "token", "cache_dir", "local_files_only") & loading.keys()
             }
             kind = PretrainedConfig.get_config_dict(model, **hub)[0].get("model_type")
-        if kind not in _LLAVA_CLASSES:
+        if kind not in LLAVA_CLASSES:
             raise ValueError(
                 f"`model` is a {kind!r}; `from_llava` takes LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision "
-                f"({', '.join(_LLAVA_CLASSES.values())}). Use `from_backbones(vision, text)` for other parts."
+                f"({', '.join(LLAVA_CLASSES.values())}). Use `from_backbones(vision, text)` for other parts."
             )
         if not isinstance(model, PreTrainedModel):
-            model = getattr(transformers, _LLAVA_CLASSES[kind]).from_pretrained(model, **loading)
+            model = getattr(transformers, LLAVA_CLASSES[kind]).from_pretrained(model, **loading)
         source = model.config
         tower = unwrap_tower(model.model.vision_tower)
         embeddings = getattr(tower, "embeddings", None)
@@ -245,9 +246,11 @@ def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, An
         return {}
     # a convolutional tower's config does not tell its width and grid: look at one black image
     layer = fields.get("vision_feature_layer", -2)
+    tile_size = (fields.get("tiling") or {}).get("tile_size")  # what AnyRes shows such a tower
+    size = (tile_size, tile_size) if tile_size else input_size(tower)
     parameter = next(tower.parameters())
     with torch.no_grad():
-        image = torch.zeros(1, 3, *input_size(tower), device=parameter.device, dtype=parameter.dtype)
+        image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
         features = extract_features(tower, image, layer)
     layers = 1 if isinstance(layer, int) else len(layer)
     return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}

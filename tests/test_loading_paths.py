@@ -484,6 +484,14 @@ def test_any_tower_joins_any_language_model(kind, tmp_path):
     assert again.generate(input_ids=IDS, pixel_values=pixels, max_new_tokens=2).shape == (1, 8)
 
 
+def test_a_tower_that_tells_no_size_is_measured_on_the_tiles_it_will_see():
+    model = from_tower("resnet", tiling={"type": "anyres", "tile_size": 48})
+    assert model.config.vision_grid == [6, 6]
+    pixels, sizes = tiny_images(3, image_size=48).unsqueeze(0), torch.tensor([[48, 96]])
+    spent = model.encode_images(pixels, sizes, visual_rungs=[0, 1, 2]).lengths
+    assert spent == (sum(model.config.visual_token_counts) + 1,)  # a newline behind the row of tiles
+
+
 @every_tower
 def test_patches_of_a_tower_stand_row_by_row_without_prefix_tokens(kind):
     # a bright square in one corner moves the features there the most

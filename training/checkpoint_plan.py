@@ -14,17 +14,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from adaptive_llava.modeling.backbone_assembly import LLAVA_CLASSES
 from adaptive_llava.training.checkpoint_layouts import TRANSFORMERS, Origin, Rows, new_places, shorten
 from adaptive_llava.training.checkpoint_shards import CheckpointFiles, PlannedTensor
 
 
 _EMBEDDINGS, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _BACKBONES = ("model.vision_tower.", "model.language_model.", _HEAD)
-_STOCK_CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-}
 
 
 class SourceTensors:
@@ -150,7 +146,7 @@ def stock_model(config: PretrainedConfig, source: SourceTensors, *, may_grow: bo
         ValueError: They do not fit the config.
     """
     with torch.device("meta"):
-        model = getattr(transformers, _STOCK_CLASSES[config.model_type])(config).to(source.language_dtype)
+        model = getattr(transformers, LLAVA_CLASSES[config.model_type])(config).to(source.language_dtype)
     source.check(model, may_grow=may_grow)
     small = [name for name in source.origins if not name.startswith(_BACKBONES)]
     values = {name: source.read(name).to(source.language_dtype) for name in small}
