@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from adaptive_llava.training.pixel_agreement import cohens_kappa, confusion, main, rank_correlation
+from adaptive_llava.training.classification_metrics import confusion
+from adaptive_llava.training.pixel_agreement import cohens_kappa, main, rank_correlation
 from adaptive_llava.training.routing_study import FITS, KINDS
 
 
@@ -15,7 +16,7 @@ def test_kappa_of_a_hand_computed_table():
     # 20 both yes, 15 both no, 5 and 10 apart: agreement 0.7, by chance 0.5
     first = np.array([0] * 20 + [0] * 5 + [1] * 10 + [1] * 15)
     second = np.array([0] * 20 + [1] * 5 + [0] * 10 + [1] * 15)
-    assert confusion(first, second, 2).tolist() == [[20, 5], [10, 15]]
+    assert confusion(first, second, 2) == [[20, 5], [10, 15]]
     assert cohens_kappa(first, second, 2) == pytest.approx(0.4)
 
 

@@ -22,6 +22,7 @@ import torch
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
 from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
+from adaptive_llava.training.classification_metrics import confusion
 from adaptive_llava.training.image_source import ImageSource, open_images
 from adaptive_llava.training.mobilenet_tower import mobilenet_pixels
 from adaptive_llava.training.routing_study import FITS, KINDS, mobilenet_dfmr
@@ -35,16 +36,9 @@ _BATCH = 8
 
 def cohens_kappa(first: np.ndarray, second: np.ndarray, categories: int) -> float:
     """Agreement beyond chance of two choices per image: 1 is full, 0 what their shares alone would give."""
-    table = confusion(first, second, categories) / len(first)
+    table = np.array(confusion(first, second, categories)) / len(first)
     agreed, chance = np.trace(table), float(table.sum(axis=1) @ table.sum(axis=0))
     return 1.0 if chance > 1 - 1e-12 else float((agreed - chance) / (1 - chance))
-
-
-def confusion(first: np.ndarray, second: np.ndarray, categories: int) -> np.ndarray:
-    """Images by their two choices, `(categories, categories)`: rows the first, columns the second."""
-    table = np.zeros((categories, categories), dtype=int)
-    np.add.at(table, (first, second), 1)
-    return table
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -96,7 +90,7 @@ def compare(
             "agreement": round(float((first == second).mean()), 4),
             "kappa": round(cohens_kappa(first, second, len(counts)), 4),
             "rank_correlation": round(rank_correlation(*(scores[name][chosen] for name in ROUTERS)), 4),
-            "images_by_rung": confusion(first, second, len(counts)).tolist(),
+            "images_by_rung": confusion(first, second, len(counts)),
         }
 
     return {
