@@ -210,7 +210,7 @@ def test_every_tile_of_an_image_is_routed_with_the_loss_of_its_row(tmp_path, til
 
 @pytest.mark.compat
 @pytest.mark.parametrize("lora", [False, True])
-def test_router_projector_and_language_model_move_and_the_tower_does_not(tmp_path, lora):
+def test_router_projector_and_language_model_move_and_the_tower_does_not(tmp_path, lora, caplog):
     model = warm_model()
     trainer = train(model, tmp_path, lora=lora)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -226,6 +226,7 @@ def test_router_projector_and_language_model_move_and_the_tower_does_not(tmp_pat
     if lora:
         assert "model.router" in trainer.model.peft_config["default"].modules_to_save
     assert model.config.router_training["method"] == "joint_routing"
+    assert "router was never trained" not in caplog.text
 
 
 @pytest.mark.compat

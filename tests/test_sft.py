@@ -243,6 +243,19 @@ def test_an_adapter_that_left_a_visual_part_alone_does_not_count_as_its_training
 
 
 @pytest.mark.compat
+def test_counts_that_an_untrained_router_never_chooses_are_not_left_out_silently(tmp_path, caplog):
+    warning = "so that nothing is learned for the other counts"
+    model = tiny_model("dynamic-resampler")
+    train(model, tmp_path, lora=False, visual_token_budget=9)
+    model.config.router_training = {"method": "test"}
+    train(model, tmp_path, lora=False)
+    assert warning not in caplog.text
+    model.config.router_training = None
+    train(model, tmp_path, lora=False)
+    assert caplog.text.count(warning) == 1
+
+
+@pytest.mark.compat
 def test_layers_of_fusion_may_carry_lora_themselves(tmp_path):
     model = tiny_model("stf-mbtf")
     processor = tiny_processor(model)

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from transformers.utils import logging
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -59,6 +60,8 @@ from adaptive_llava.training.lora_targets import (
 from adaptive_llava.training.merge import merge_adapter
 from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
 
+
+logger = logging.get_logger(__name__)
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -194,6 +197,13 @@ def build_trainer(
                 f"`threshold_schedule={threshold_schedule!r}` varies token counts inside the model, and the "
                 f"processor's layout {processor.layout!r} fixes them beforehand. Set `processor.layout = 'compact'`."
             )
+    learns = any(parameter.requires_grad for parameter in model.model.router.parameters())
+    if model.model.has_untrained_router and visual_token_budget is None and not learns:
+        logger.warning(
+            "This model's router was never trained and gives every image the most tokens, so that nothing is learned "
+            "for the other counts. Train it first: `python -m adaptive_llava train-router`; or router and model "
+            "together: `adaptive_llava.training.joint_routing`."
+        )
     peft_config: Any = None
     if model_arguments is not None and model_arguments.use_peft:
         peft_config = get_peft_config(model_arguments)
