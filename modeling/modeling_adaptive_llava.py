@@ -445,7 +445,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 logger.warning_once(
                     "Pre-fusion takes all text for instruction, answers too, since neither `labels` nor "
                     "`instruction_mask` reached the model; in generation it sees prompts only. Train with this "
-                    "package's collator, or add `instruction_mask = labels == -100` to the batch."
+                    "package's collator, or `mark_instruction` (GRPO), or add `instruction_mask = labels == -100`."
                 )
             cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             rows = layout.splice(*self.fuse_modalities(text, batch, cached=cached))

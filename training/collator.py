@@ -1,6 +1,7 @@
-"""Batches for fine-tuning: TRL's vision collator, with what it leaves out for models like ours.
+"""Batches for fine-tuning: TRL's vision collators, with what they leave out for models like ours.
 
-Shapes: rows -> `input_ids (B, L)`, `attention_mask (B, L)`, `labels (B, L)`, `pixel_values (N, 3, S, S)`, padded right
+Shapes: rows -> `input_ids (B, L)`, `attention_mask (B, L)`, `labels (B, L)`, `pixel_values (N, 3, S, S)`, padded
+right. Preferences give `completion_mask (2B, L)` in place of labels: all chosen answers, then all rejected ones.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ logger = logging.get_logger(__name__)
 
 
 class ConversationCollator:
-    """Wraps the collator that `SFTTrainer` has built, and changes five things.
+    """Wraps the collator that `SFTTrainer` or `DPOTrainer` has built, and changes five things.
 
     * Image placeholders are no labels. TRL scores the backbone's outputs itself, past the masking in our `forward`,
       and would train the model to write one `<image>` per image.
     * Rows begin as they do in generation: TRL never writes the BOS token that LLaMA's tokenizers add.
-    * A plain-text `completion` ends with the EOS token, as TRL does for text-only datasets.
+    * A plain-text `completion`, `chosen` or `rejected` ends with the EOS token, as TRL does for text-only datasets.
     * `<image>` in a user's string stands for an image; see `read_example`.
-    * For pre-fusion, `instruction_mask (B, L)` marks the text that has no label; TRL keeps the labels to itself.
+    * For pre-fusion, `instruction_mask (B, L)` marks the text that is not scored; TRL keeps the labels to itself.
 
     Args:
         collate: TRL's collator.
@@ -58,13 +59,16 @@ class ConversationCollator:
                 "input_ids": self._bos,
                 "attention_mask": 1,
                 "labels": -100,
+                "completion_mask": 0,
                 "mm_token_type_ids": 0,
             }.items():
                 if name in batch:
                     batch[name] = _prepend(batch[name], value)
-        batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.processor.image_token_id, -100)
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.processor.image_token_id, -100)
         if self.marks_instruction:
-            instruction = (batch["labels"] == -100) & (batch["attention_mask"] != 0)
+            unscored = batch["labels"] == -100 if "labels" in batch else batch["completion_mask"] == 0
+            instruction = unscored & (batch["attention_mask"] != 0)
             batch["instruction_mask"] = instruction & (batch["input_ids"] != self.processor.image_token_id)
             if not batch["instruction_mask"].any():
                 logger.warning_once(
@@ -76,9 +80,11 @@ class ConversationCollator:
         return batch
 
     def _with_eos(self, example: dict[str, Any]) -> dict[str, Any]:
-        completion, eos = example.get("completion"), self.processor.tokenizer.eos_token
-        if isinstance(completion, str) and eos and not completion.endswith(eos):
-            example["completion"] = completion + eos
+        eos = self.processor.tokenizer.eos_token
+        for name in ("completion", "chosen", "rejected"):
+            answer = example.get(name)
+            if isinstance(answer, str) and eos and not answer.endswith(eos):
+                example[name] = answer + eos
         return example
 
 

@@ -69,7 +69,7 @@ def read_example(example: dict[str, Any]) -> dict[str, Any]:
     example = dict(example)
     images = [example.pop("image")] if example.get("image") is not None else example.get("images") or []
     example.pop("image", None)
-    for key in ("messages", "prompt", "completion"):
+    for key in ("messages", "prompt", "completion", "chosen", "rejected"):
         if isinstance(example.get(key), list):
             example[key] = _image_parts(example[key], len(images))
     return example | {"images": list(images)}
