@@ -131,7 +131,7 @@ def flatten_videos(videos: Any) -> tuple[list[Any], list[int] | None]:
     wrong = [row for row in videos if not (row is None or isinstance(row, (list, tuple)) or _is_video(row))]
     if wrong:
         raise ValueError(
-            f"`videos` holds a {type(wrong[0]).__name__}. Pass a list of videos (paths, arrays or frame lists), or one "
+            f"`videos` holds a {type(wrong[0]).__name__}. Pass a list of videos (paths, arrays, frame lists), or one "
             "such list per prompt."
         )
     rows = [[] if row is None else [row] if _is_video(row) else list(row) for row in videos]
