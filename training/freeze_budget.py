@@ -26,8 +26,15 @@ from adaptive_llava.training.whole_folder import check_free, whole_folder
 
 CONFIG, PROCESSOR, INDEX = "config.json", "processor_config.json", "model.safetensors.index.json"
 # what only trainers read, and what tells of the former router
-_LEFT_OUT = ("*.pt", "*.pth", "*.bin", "README.md", "trainer_state.json")
-_LEFT_OUT += ("calibration_histogram.png", "router_training.json")
+_LEFT_OUT = (
+    "*.pt",
+    "*.pth",
+    "*.bin",
+    "README.md",
+    "trainer_state.json",
+    "calibration_histogram.png",
+    "router_training.json",
+)
 
 
 def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: int) -> AdaptiveLlavaConfig:
