@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def logps_alone(model, processor, prompt, completion, images):
     return logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
 
 
-def load(tmp_path, name):
+def load(tmp_path, name) -> tuple[Any, Any]:
     preset, fields = MODELS[name]
     folder = save(tmp_path / "base", preset, **fields)
     model = AdaptiveLlavaForConditionalGeneration.from_pretrained(folder)
