@@ -385,3 +385,31 @@ def test_a_mosaic_model_answers_and_trains_on_text_alone():
     model.train()
     model(input_ids=ids[:, :1]).logits.sum().backward()
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+
+
+@pytest.mark.parametrize("tiling", [{"type": "anyres"}, {"type": "mosaic", "n": 2}], ids=lambda tiling: tiling["type"])
+@torch.no_grad()
+def test_prefusion_reads_the_patches_of_all_views(tiling):
+    model = tiny_model("dfmr", tiling=tiling, prefusion_layers=2)
+    if tiling["type"] == "anyres":
+        inputs, images = tiles_for(model)
+        patches = tuple(36 * image.views for image in images)
+    else:
+        number = 3
+        inputs = {"pixel_values": tiny_images(5 * number).unflatten(0, (number, 5))}
+        patches = (5 * 36,) * number  # four tiles as one map, and the whole image
+    encoded = model.encode_images(**inputs)
+    assert encoded.patch_lengths == patches
+    rows = [[5, IMG, 6, 7], *([8, IMG, 9 + index] for index in range(len(patches) - 1))]
+    ids, mask = batch_rows(rows, "left")
+    together = model(input_ids=ids, attention_mask=mask, **inputs).logits
+    plain = tiny_model("dfmr", tiling=tiling)(input_ids=ids, attention_mask=mask, **inputs).logits
+    assert (together - plain).abs().max() > 1e-2
+    for row, prompt in enumerate(rows):
+        own = {name: value[row : row + 1] for name, value in inputs.items()}
+        alone = model(input_ids=torch.tensor([prompt]), **own).logits
+        assert (together[row, -len(prompt) :] - alone[0]).abs().max() <= 1e-4
+        answer = model.generate(
+            torch.tensor([prompt]), **own, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        )
+        assert (answer.logits[0][0] - alone[0, -1]).abs().max() <= 1e-4

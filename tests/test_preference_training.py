@@ -128,7 +128,7 @@ def load(tmp_path, name) -> tuple[Any, Any]:
     )
 
 
-def stock_llava():
+def stock_llava() -> tuple[Any, Any]:
     """transformers' own model and processor."""
     torch.manual_seed(0)
     config = LlavaConfig(
