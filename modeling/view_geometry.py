@@ -210,7 +210,8 @@ def _check_anyres(tiling: Mapping[str, Any], tower_size: int | Sequence[int] | N
         raise ValueError(f"`tiling.tile_size={side}` must be the tower's input size, {sides[0]} pixels. Leave it out.")
     default = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
     layout = tiling.get("view_layout") or VIEW_LAYOUTS[num_rungs == 1]
-    max_tiles, several = tiling.get("max_tiles"), tiling.get("several_images", "tile")
+    pinpoints, max_tiles = tiling.get("pinpoints"), tiling.get("max_tiles")
+    several = tiling.get("several_images", "tile")
     for name, value, known in (("view_layout", layout, VIEW_LAYOUTS), ("several_images", several, SEVERAL_IMAGES)):
         if value not in known:
             raise ValueError(f"`tiling.{name}={value!r}` is unknown. Pass one of: {', '.join(known)}.")
@@ -223,7 +224,7 @@ def _check_anyres(tiling: Mapping[str, Any], tower_size: int | Sequence[int] | N
             )
     return {
         "type": "anyres",
-        "pinpoints": _check_pinpoints(tiling.get("pinpoints") or default, side),
+        "pinpoints": _check_pinpoints(default if pinpoints is None else pinpoints, side),
         "view_layout": layout,
         "max_tiles": max_tiles,
         "several_images": several,
@@ -232,9 +233,13 @@ def _check_anyres(tiling: Mapping[str, Any], tower_size: int | Sequence[int] | N
 
 
 def _check_pinpoints(pinpoints: Any, side: int) -> list[list[int]]:
-    listed = isinstance(pinpoints, (list, tuple)) and all(
-        isinstance(point, (list, tuple)) and len(point) == 2 and all(isinstance(pixels, int) for pixels in point)
-        for point in pinpoints
+    listed = (
+        isinstance(pinpoints, (list, tuple))
+        and pinpoints
+        and all(
+            isinstance(point, (list, tuple)) and len(point) == 2 and all(isinstance(pixels, int) for pixels in point)
+            for point in pinpoints
+        )
     )
     if not listed or any(pixels < side or pixels % side for point in pinpoints for pixels in point):
         raise ValueError(

@@ -182,13 +182,20 @@ def share_total(
         images_per_prompt: Images of each prompt; `None` takes all images as one prompt.
 
     Raises:
-        ValueError: `total` does not cover the smallest count of every image of a prompt.
+        ValueError: `total` does not cover the smallest count of every image of a prompt, or `images_per_prompt` tells
+            of another number of images.
     """
     if isinstance(total, bool) or not isinstance(total, int):
         raise ValueError(f"`visual_token_budget={{'total': {total!r}}}` must be a whole number of tokens per prompt.")
+    per_prompt = [len(images)] if images_per_prompt is None else list(images_per_prompt)
+    if sum(per_prompt) != len(images):
+        raise ValueError(
+            f"`images_per_prompt={per_prompt}` tells of {sum(per_prompt)} images, but there are {len(images)}. Pass "
+            "the number of images of each prompt, in order."
+        )
     rungs = [0] * len(scores)
     remaining, start = iter(images), 0
-    for prompt, number in enumerate(images_per_prompt if images_per_prompt is not None else [len(images)]):
+    for prompt, number in enumerate(per_prompt):
         mine = [next(remaining) for _ in range(number)]
         smallest = sum(image.counts[0] for image in mine)
         left = total - smallest

@@ -157,6 +157,7 @@ def test_options_are_filled_in_from_the_tower_and_the_ladder():
         ({"type": "none", "n": 2}, "`tiling` of type 'none' has no option 'n'. Known options: none"),
         ({"type": "mosaic", "n": 1}, "`tiling.n=1` must be a whole number >= 2"),
         ({"type": "anyres", "pinpoints": [[336, 500]]}, r"`tiling.pinpoints=.* a multiple of the tile's 336 pixels"),
+        ({"type": "anyres", "pinpoints": []}, r"`tiling.pinpoints=\[\]` must be a non-empty list"),
         ({"type": "anyres", "pinpoints": [336]}, r"`tiling.pinpoints=\[336\]` must be a non-empty list"),
         ({"type": "anyres", "view_layout": "grid"}, "`tiling.view_layout='grid'` is unknown. Pass one of: sequence"),
         ({"type": "anyres", "several_images": "none"}, "`tiling.several_images='none'` is unknown"),

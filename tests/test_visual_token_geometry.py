@@ -228,6 +228,14 @@ def test_share_total_pays_newlines_and_serves_joined_views_by_their_highest_scor
     assert share_total(64 * 2 + 1 + 100 + 280, [tiles, joined], scores, [2]) == [1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("per_prompt", [[1], [2, 1], []])
+def test_share_total_leaves_no_image_out(per_prompt):
+    with pytest.raises(
+        ValueError, match=rf"`images_per_prompt=.*` tells of {sum(per_prompt)} images, but there are 2"
+    ):
+        share_total(200, [ONE_VIEW] * 2, [0.0] * 2, per_prompt)
+
+
 def test_share_total_names_the_prompt_that_cannot_be_served():
     images = [ONE_VIEW, ImageCost(PAPER_LADDER, units=2, newlines=1)]
     with pytest.raises(ValueError, match="cost of prompt 1: 129 tokens for 1 images with 2 views. Pass at least 129"):
