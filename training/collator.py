@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from adaptive_llava.training.conversation_data import read_example
+from adaptive_llava.training.conversation_data import read_caption, read_example
 
 
 logger = logging.get_logger(__name__)
@@ -34,6 +34,7 @@ class ConversationCollator:
         processor: The model's processor.
         visual_token_budget: Visual tokens per image in place of the router's choice.
         marks_instruction: Whether the model has pre-fusion, which must not see the answers.
+        plain_captions: Write rows in the plain format of pretraining; see `read_caption`.
     """
 
     def __init__(
@@ -43,17 +44,20 @@ class ConversationCollator:
         *,
         visual_token_budget: int | None = None,
         marks_instruction: bool = False,
+        plain_captions: bool = False,
     ):
         self.collate = collate
         self.processor = processor
         self.visual_token_budget = visual_token_budget
         self.marks_instruction = marks_instruction
+        self.plain_captions = plain_captions
         tokenizer = processor.tokenizer
         ids = tokenizer("a")["input_ids"]
         self._bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate([self._with_eos(read_example(example)) for example in examples])
+        read = read_caption if self.plain_captions else self._read_with_eos
+        batch = self.collate([read(example) for example in examples])
         if self._bos is not None and not (batch["input_ids"][:, 0] == self._bos).all():
             for name, value in {
                 "input_ids": self._bos,
@@ -70,7 +74,7 @@ class ConversationCollator:
             unscored = batch["labels"] == -100 if "labels" in batch else batch["completion_mask"] == 0
             instruction = unscored & (batch["attention_mask"] != 0)
             batch["instruction_mask"] = instruction & (batch["input_ids"] != self.processor.image_token_id)
-            if not batch["instruction_mask"].any():
+            if not self.plain_captions and not batch["instruction_mask"].any():
                 logger.warning_once(
                     "All text of a batch is scored, so pre-fusion has no instruction to fuse. Train on answers alone: "
                     "`assistant_only_loss=True`, or a dataset with `prompt` and `completion`."
@@ -79,8 +83,8 @@ class ConversationCollator:
             batch["visual_token_budget"] = self.visual_token_budget
         return batch
 
-    def _with_eos(self, example: dict[str, Any]) -> dict[str, Any]:
-        eos = self.processor.tokenizer.eos_token
+    def _read_with_eos(self, row: dict[str, Any]) -> dict[str, Any]:
+        example, eos = read_example(row), self.processor.tokenizer.eos_token
         for name in ("completion", "chosen", "rejected"):
             answer = example.get(name)
             if isinstance(answer, str) and eos and not answer.endswith(eos):

@@ -75,6 +75,32 @@ def read_example(example: dict[str, Any]) -> dict[str, Any]:
     return example | {"images": list(images)}
 
 
+def read_caption(example: dict[str, Any]) -> dict[str, Any]:
+    """A row in the LLaVA authors' plain format: the images, then the caption and a line break, which are scored.
+
+    What the user says is left out, as are BOS and EOS.
+
+    Raises:
+        ValueError: A row without an image, or with more than one answer.
+    """
+    row = read_example(example)
+    said = row.get("messages") or row.get("completion")
+    if isinstance(said, list):
+        answers = [_text(message["content"]) for message in said if message["role"] == "assistant"]
+    else:
+        answers = [said] if said else []
+    if not row["images"] or len(answers) != 1:
+        raise ValueError(
+            f"A row has {len(row['images'])} images and {len(answers)} answers. Pretraining takes images and one "
+            "caption per row. Leave the row out, or train on conversations with `adaptive_llava.training.sft`."
+        )
+    return {"images": row["images"], "prompt": _IMAGE_TEXT * len(row["images"]), "completion": f"{answers[0]}\n"}
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
 def _load_folder(folder: Path, config: str | None, streaming: bool) -> Any:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         splits = load_from_disk(str(folder))

@@ -39,6 +39,7 @@ from trl import SFTConfig, SFTTrainer
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.training.conversation_data import Rows
 from adaptive_llava.training.every_rung_forward import EveryRungOutput, add_every_rung_forward
+from adaptive_llava.training.part_learning_rates import PartRatesTrainer
 from adaptive_llava.training.sft import build_trainer, fine_tune, parse_arguments
 
 
@@ -102,7 +103,7 @@ def joint_routing_loss(
     return model_loss + (expected * (weights / views_of_row.clamp(min=1))[row_of_view]).sum()
 
 
-class JointRoutingTrainer(SFTTrainer):
+class JointRoutingTrainer(PartRatesTrainer):
     """`SFTTrainer` with the loss of this module; takes the arguments of `SFTTrainer`.
 
     Logs, per token count `n`: `ce_<n>_tokens` (cross-entropy in nats, mean over rows) and `share_<n>_tokens` (views to

@@ -73,6 +73,13 @@ def freeze_vision_tower(model: nn.Module) -> None:
     model.get_submodule(_VISION_TOWER).requires_grad_(False)
 
 
+def freeze_all_but_visual_parts(model: nn.Module) -> None:
+    """Leave language model, vision tower and router out of training; the parts that make visual tokens stay in it."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(f"{part}." for part in _VISUAL_PARTS)):
+            parameter.requires_grad_(False)
+
+
 def visual_parts(model: nn.Module) -> list[str]:
     """Full names of the modules that make visual tokens and have parameters."""
     return [name for name in _VISUAL_PARTS if _has_parameters(model, name)]

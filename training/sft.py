@@ -9,7 +9,8 @@ a compressor or router learns are trained in full beside it; the vision tower st
 `--freeze_vision_tower false`.
 `--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--resume_from_checkpoint last`
 goes on from the newest checkpoint in `output_dir`. `--threshold_schedule learning_rate` shows each image at varying
-counts (DFMR as data augmentation, see `threshold_schedule.py`).
+counts (DFMR as data augmentation, see `threshold_schedule.py`). `--projector_learning_rate` and its like give a part a
+rate of its own (see `part_learning_rates.py`). bf16 and tf32 are on where the machine has them.
 
 A dataset is a Hub id, a folder, or a parquet or json file with `images` and either `messages`, or `prompt` and
 `completion`. Loss: all text, the completion alone (the default for `prompt` and `completion`), or what the assistant
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers.utils import logging
+from transformers.utils import is_torch_tf32_available, logging
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -52,12 +53,14 @@ from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 from adaptive_llava.training.collator import ConversationCollator
 from adaptive_llava.training.conversation_data import Rows, load_conversations
 from adaptive_llava.training.lora_targets import (
+    freeze_all_but_visual_parts,
     freeze_vision_tower,
     fully_trained_modules,
     language_model_targets,
     trains_visual_parts,
 )
 from adaptive_llava.training.merge import merge_adapter
+from adaptive_llava.training.part_learning_rates import PARTS, PartRatesTrainer
 from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
 
 
@@ -78,6 +81,14 @@ class SftArguments(ScriptArguments):
         visual_token_budget: Visual tokens per image in training and evaluation, in place of the router's choice.
         threshold_schedule: `learning_rate`: in training the router's thresholds follow the learning rate.
         merge: Merge the LoRA adapter after training and save the full model as `<output_dir>/merged`.
+        warmup_share: Share of the steps in which the learning rate rises, on every version of transformers.
+        vision_tower_learning_rate: Peak learning rate of the vision tower, if it is trained; `learning_rate` by
+            default, as for the other parts.
+        fusion_learning_rate: Of the multi-block fusion.
+        compressor_learning_rate: Of the compressor.
+        projector_learning_rate: Of the projector.
+        prefusion_learning_rate: Of the modality pre-fusion.
+        router_learning_rate: Of the router, if it is trained.
     """
 
     eval_dataset_name: str | None = field(
@@ -91,6 +102,21 @@ class SftArguments(ScriptArguments):
         default=None, metadata={"help": "'learning_rate': the router's thresholds follow the learning rate."}
     )
     merge: bool = field(default=False, metadata={"help": "Also save the merged model as `<output_dir>/merged`."})
+    warmup_share: float | None = field(
+        default=None, metadata={"help": "Share of the steps in which the learning rate rises."}
+    )
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the tower."})
+    fusion_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of multi-block fusion."})
+    compressor_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the compressor."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the projector."})
+    prefusion_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of pre-fusion."})
+    router_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the router."})
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The rates that were set, by part."""
+        rates = {part: getattr(self, f"{part}_learning_rate") for part in PARTS}
+        return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 def parse_arguments(
@@ -102,11 +128,14 @@ def parse_arguments(
     parser.set_defaults(max_length=None)  # a limit would cut placeholders off
     if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         parser.set_defaults(bf16=False)
+    if is_torch_tf32_available():
+        parser.set_defaults(tf32=True)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--config" in arguments[:-1]:
         place = arguments.index("--config") + 1
         arguments[place] = str(find_recipe(arguments[place]))
     parsed: Any = parser.parse_args_and_config(arguments)
+    _set_warm_up(parsed[0].warmup_share, parsed[1])
     return parsed
 
 
@@ -124,6 +153,19 @@ def find_recipe(name: str) -> Path:
     raise ValueError(
         f"`--config {name}`: there is no such file. Pass a path, or one of this package's recipes: {known}."
     )
+
+
+def _set_warm_up(share: float | None, training: SFTConfig) -> None:
+    if share is None:
+        return
+    if not 0 <= share < 1 or training.warmup_steps:
+        raise ValueError(
+            f"`warmup_share={share}` with `warmup_steps={training.warmup_steps}`: pass a share of all steps below 1, "
+            "or a number of steps, not both."
+        )
+    # transformers 4 has two fields, 5 takes a share in the one for steps
+    name = "warmup_ratio" if Version(transformers.__version__) < Version("5.0.0.dev0") else "warmup_steps"
+    setattr(training, name, share)
 
 
 def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfig) -> None:
@@ -162,9 +204,12 @@ def build_trainer(
     train_vision_tower: bool = False,
     visual_token_budget: int | None = None,
     threshold_schedule: str | None = None,
-    trainer_class: type[SFTTrainer] = SFTTrainer,
+    learning_rates: Mapping[str, float] | None = None,
+    train_only_visual_parts: bool = False,
+    plain_captions: bool = False,
+    trainer_class: type[SFTTrainer] = PartRatesTrainer,
 ) -> SFTTrainer:
-    """A stock `SFTTrainer` with this package's LoRA targets, frozen parts and collator.
+    """TRL's `SFTTrainer` with this package's LoRA targets, frozen parts and collator.
 
     Args:
         model: The model to train.
@@ -177,11 +222,16 @@ def build_trainer(
         visual_token_budget: Visual tokens per image in place of the router's choice.
         threshold_schedule: `"learning_rate"` moves the router's thresholds with the learning rate; see
             `threshold_schedule.py`.
-        trainer_class: `SFTTrainer`, or one derived from it.
+        learning_rates: Peak rate of parts that differ from `training.learning_rate`, by name; see
+            `part_learning_rates.py`.
+        train_only_visual_parts: Freeze the language model too: projector, compressor, multi-block fusion and
+            pre-fusion are trained alone.
+        plain_captions: Rows are one caption each, in the plain format of pretraining.
+        trainer_class: `PartRatesTrainer`, or one derived from it.
 
     Raises:
         ValueError: A budget below the smallest count, unknown LoRA targets, a threshold schedule where the router
-            has no thresholds, or what TRL refuses.
+            has no thresholds, a learning rate of a part that is not trained, or what TRL refuses.
     """
     smallest = model.config.visual_token_counts[0]
     if visual_token_budget is not None and visual_token_budget < smallest:
@@ -205,7 +255,15 @@ def build_trainer(
             "together: `adaptive_llava.training.joint_routing`."
         )
     peft_config: Any = None
-    if model_arguments is not None and model_arguments.use_peft:
+    lora = model_arguments is not None and model_arguments.use_peft
+    if train_only_visual_parts:
+        if lora or train_vision_tower:
+            raise ValueError(
+                f"`train_only_visual_parts=True` freezes language model and vision tower, but `use_peft={lora}` and "
+                f"`train_vision_tower={train_vision_tower}` would train them. Leave both out."
+            )
+        freeze_all_but_visual_parts(model)
+    elif model_arguments is not None and lora:
         peft_config = get_peft_config(model_arguments)
         peft_config.target_modules = language_model_targets(model, model_arguments.lora_target_modules)
         own = fully_trained_modules(model, vision_tower=train_vision_tower)
@@ -220,12 +278,14 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
         callbacks=None if schedule is None else [schedule],
+        **({"learning_rates": learning_rates} if learning_rates else {}),
     )
     trainer.data_collator = ConversationCollator(
         trainer.data_collator,
         processor,
         visual_token_budget=visual_token_budget,
         marks_instruction=model.config.prefusion_layers > 0,
+        plain_captions=plain_captions,
     )
     trained: Any = trainer.model
     if trains_visual_parts(trained):
@@ -283,6 +343,7 @@ def fine_tune(
         train_vision_tower=not script.freeze_vision_tower,
         visual_token_budget=script.visual_token_budget,
         threshold_schedule=script.threshold_schedule,
+        learning_rates=script.learning_rates,
     )
     resume = training.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true") else resume)
