@@ -11,7 +11,7 @@ from adaptive_llava.training.sft import build_trainer, parse_arguments
 from tests.conftest import tiny_model
 from tests.test_joint_routing import configuration as joint_configuration
 from tests.test_joint_routing import warm_model
-from tests.test_sft import configuration, message_dataset, tiny_processor
+from tests.test_sft import FULL, LORA, command, configuration, message_dataset, save, tiny_processor
 
 
 def trainer_with(model, folder, rates, *, lora=False, tower=False, **training):
@@ -44,8 +44,7 @@ def groups_of(trainer):
 def test_the_names_in_every_group(tmp_path):
     model = tiny_model("stf-mbtf", text_options={"num_hidden_layers": 1})
     groups = groups_of(trainer_with(model, tmp_path, {"fusion": 1e-3, "compressor": 1e-4}))
-    fusion, compressor = (f"model.multi_block_fusion.linear_{i}" for i in (1, 2)), "model.compressor."
-    fusion = list(fusion)
+    fusion, compressor = [f"model.multi_block_fusion.linear_{i}" for i in (1, 2)], "model.compressor."
     layer = "model.language_model.layers.0."
     matrices = [f"{layer}self_attn.{name}_proj" for name in "qkvo"]
     matrices += [f"{layer}mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -107,6 +106,22 @@ def test_a_tiny_rate_leaves_its_part_almost_where_it_was(tmp_path):
     moved = {name: (value - before[name]).abs().max().item() for name, value in trainer.model.named_parameters()}
     assert max(step for name, step in moved.items() if "projector" in name) < 1e-6
     assert moved["lm_head.weight"] > 1e-3
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("recipe", [LORA, FULL])
+def test_a_resumed_run_keeps_the_rates_of_its_parts(tmp_path, recipe):
+    base = save(tmp_path / "base")
+    message_dataset().to_parquet(str(tmp_path / "rows.parquet"))
+    rest = ["--projector_learning_rate", "1e-4", "--save_steps", 2, "--max_steps", 4, "--lr_scheduler_type", "linear"]
+    data = tmp_path / "rows.parquet"
+    unbroken = command(base, data, tmp_path / "a", *rest, recipe=recipe)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "b" / "checkpoint-2")
+    resumed = command(base, data, tmp_path / "b", *rest, "--resume_from_checkpoint", "last", recipe=recipe)
+    assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {1e-2, 1e-4}
+    expected = dict(unbroken.model.named_parameters())
+    assert all(torch.allclose(v, expected[n], atol=1e-6) for n, v in resumed.model.named_parameters())
 
 
 def test_joint_training_gives_the_router_a_rate_of_its_own(tmp_path):

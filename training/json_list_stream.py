@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-CHUNK = 1 << 20  # characters
+CHUNK = 1 << 18  # characters
 LONGEST = 1 << 26  # of one object; what follows a broken one is not read to the end
 
 _BETWEEN = re.compile(r"[\s,]*")
@@ -31,7 +31,7 @@ def read_objects(source: str | os.PathLike, *, chunk: int = CHUNK) -> Iterator[d
         listed = buffer.startswith("[")
         place, count = int(listed), 0
         while True:
-            place = _BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
+            place = _BETWEEN.match(buffer, place).end()
             if listed and buffer.startswith("]", place):
                 return
             try:

@@ -74,8 +74,8 @@ class PartRatesTrainer(SFTTrainer):
         built = self.optimizer is not None
         optimizer: Any = super().create_optimizer(*arguments, **options)
         if self.learning_rates and not built:
-            model: Any = next(iter(arguments), None) or options.get("model") or self.model
-            split_groups(optimizer, model, self.learning_rates)
+            model: Any = arguments[0] if arguments else options.get("model")
+            split_groups(optimizer, self.model if model is None else model, self.learning_rates)
         return optimizer
 
 

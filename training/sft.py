@@ -270,6 +270,7 @@ def build_trainer(
         peft_config.modules_to_save = [*own, *(peft_config.modules_to_save or [])] or None
     elif not train_vision_tower:
         freeze_vision_tower(model)
+    rates: dict[str, Any] = {"learning_rates": learning_rates} if learning_rates else {}
     trainer = trainer_class(
         model=model,
         args=training,
@@ -278,7 +279,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
         callbacks=None if schedule is None else [schedule],
-        **({"learning_rates": learning_rates} if learning_rates else {}),
+        **rates,
     )
     trainer.data_collator = ConversationCollator(
         trainer.data_collator,
