@@ -367,6 +367,9 @@ def test_a_cold_start_is_refused_unless_it_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match="`compressor_trained=False`: joint routing needs a warm start.*budget 36 "):
         train(model, tmp_path)
     assert train(model, tmp_path, allow_cold_start=True)
+    tiled = warm_model(compressor_trained=False, tiling={"type": "anyres"})
+    with pytest.raises(ValueError, match=r"first \(`python -m adaptive_llava.training.sft \.\.\.`\)"):
+        train(tiled, tmp_path)  # 36 tokens for an image would be its fewest
 
 
 def test_a_frozen_router_is_refused(tmp_path):

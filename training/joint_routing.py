@@ -222,11 +222,13 @@ def check_model(model: Any, training: JointRoutingConfig) -> None:
             "`adaptive_llava.training.sft`."
         )
     if not (config.compressor_trained or training.allow_cold_start):
+        # a budget is for an image, whose tiles differ in number; an untrained router gives each the largest count
+        tiled = config.tiling["type"] == "anyres"
+        option = "" if tiled else f"--visual_token_budget {config.visual_token_counts[-1]} "
         raise ValueError(
             "The model has `compressor_trained=False`: joint routing needs a warm start. From scratch the router "
             "collapses to the fewest tokens. Fine-tune at the largest count first (`python -m "
-            f"adaptive_llava.training.sft --visual_token_budget {config.visual_token_counts[-1]} ...`), or pass "
-            "`allow_cold_start=True`."
+            f"adaptive_llava.training.sft {option}...`), or pass `allow_cold_start=True`."
         )
 
 
