@@ -114,7 +114,7 @@ def test_a_resumed_run_keeps_the_rates_of_its_parts(tmp_path, recipe):
     base = save(tmp_path / "base")
     message_dataset().to_parquet(str(tmp_path / "rows.parquet"))
     rest = ["--projector_learning_rate", "1e-4", "--save_steps", 2, "--max_steps", 4, "--lr_scheduler_type", "linear"]
-    data = tmp_path / "rows.parquet"
+    data = str(tmp_path / "rows.parquet")
     unbroken = command(base, data, tmp_path / "a", *rest, recipe=recipe)
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "b" / "checkpoint-2")

@@ -108,6 +108,15 @@ def test_instructions_are_ready_for_tuning(tmp_path, streaming):
     assert torch.isfinite(trainer.model.lm_head.weight).all()
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_are_found_behind_many_rows_of_text_alone(tmp_path, streaming):
+    data = publish(tmp_path, [INSTRUCTIONS[1]] * 60 + [CAPTIONS[0]])
+    prepare_data(data, tmp_path / "images", tmp_path / "rows.parquet")
+    last = list(load_conversations(tmp_path / "rows.parquet", streaming=streaming))[-1]
+    assert last["images"] == [str(tmp_path / "images" / "00000/0.jpg")]
+
+
 def test_missing_images_are_counted_listed_and_refused(tmp_path, capsys):
     gone = ("ocr_vqa/images/2.jpg", "vg/VG_100K/4.jpg")
     data = publish(tmp_path, INSTRUCTIONS, without=gone)

@@ -145,7 +145,10 @@ def _check_images(rows: Rows, source: Path) -> Rows:
     column = "images" if "images" in _columns(rows) else "image"
     first = next((value for example in islice(rows.select_columns([column]), 50) if (value := example[column])), None)
     first = first[0] if isinstance(first, list) else first
-    if not isinstance(first, str):
+    feature = (rows.features or {}).get(column)
+    # text alone at the start, as in the published lists, does not tell
+    paths = isinstance(first, str) if first else getattr(getattr(feature, "feature", feature), "dtype", "") == "string"
+    if not paths:
         return rows
     folder = (source if source.is_dir() else source.parent).resolve()
 
