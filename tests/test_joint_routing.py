@@ -299,6 +299,9 @@ def in_order(folder, batch):
     trainer.train()
     trainer.save_model()
     trainer.save_state()
+    if torch.distributed.is_initialized():  # leave together: gloo's threads must end before the interpreter does
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def logged(folder):
