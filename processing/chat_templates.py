@@ -6,6 +6,8 @@ by character. The generation prompt is what stands before the marked text, so tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 # An image or video part stands on its own line: "<image>\nWhat is this?". Text parts are joined as they are.
 _CONTENT = """
@@ -62,6 +64,30 @@ CHATML_CHAT_TEMPLATE = (
 )
 
 CHAT_TEMPLATES = {"vicuna": VICUNA_CHAT_TEMPLATE, "chatml": CHATML_CHAT_TEMPLATE}
+
+
+def chosen_template(own: str | Mapping[str, str] | None, name: str | None) -> str:
+    """Jinja source of the template that a chat is written with.
+
+    Args:
+        own: The processor's template, or several by name.
+        name: Which one the call asks for: a name, or Jinja source.
+
+    Raises:
+        ValueError: There is none, or there are several and no default.
+    """
+    if isinstance(own, Mapping):
+        known = {**CHAT_TEMPLATES, **own}
+        if name is None and "default" not in own:
+            raise ValueError(f"`chat_template` must name one of this processor's templates: {', '.join(sorted(own))}.")
+        name = "default" if name is None else name
+        return known.get(name, name)
+    template = own if name is None else name
+    if template is None:
+        raise ValueError(
+            "This processor has no chat template. Pass `chat_template='vicuna'`, 'chatml' or Jinja source."
+        )
+    return CHAT_TEMPLATES.get(template, template)
 
 
 def with_joined_content(template: str, system: str | None = None) -> str:

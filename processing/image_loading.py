@@ -12,6 +12,7 @@ import io
 import os
 import struct
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def load_image(
             `(channels, height, width)`: whole numbers 0 to 255 (`uint16`: to 65535), or fractions 0 to 1.
         index: Position of the image in the call, for the errors.
         allow_urls: Fetch `http://` and `https://` addresses.
-        input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves it open.
+        input_data_format: `"channels_first"` or `"channels_last"`, or transformers' own constants, for arrays whose
+            shape leaves it open.
 
     Raises:
         ValueError: The image is empty, too large, damaged, of an unknown format or value range.
@@ -70,6 +72,11 @@ def load_image(
         TypeError: `source` is none of the above.
     """
     return _decode(*_open(source, index, allow_urls, input_data_format))
+
+
+def load_images(sources: Sequence[Any], **options: Any) -> list[Image.Image]:
+    """All images of a call as `load_image` gives them, which takes the options too."""
+    return [load_image(source, index=index, **options) for index, source in enumerate(sources)]
 
 
 def image_size(
@@ -239,6 +246,8 @@ def _from_array(values: np.ndarray, name: str, input_data_format: str | None) ->
     shape = values.shape
     if values.size == 0:
         raise ValueError(f"{name} is empty: its array has shape {shape}. Leave it out.")
+    input_data_format = getattr(input_data_format, "value", input_data_format)  # transformers' enum
+    input_data_format = {"first": "channels_first", "last": "channels_last"}.get(input_data_format, input_data_format)
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
             f"`input_data_format={input_data_format!r}` is unknown. Pass 'channels_first' or 'channels_last'."

@@ -8,45 +8,33 @@ key on to the model.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
-from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_templates import CHAT_TEMPLATES
-from .image_loading import load_image
-from .prompt_encoding import (
-    control_token_pattern,
-    expand_placeholders,
-    holds_video,
-    normalise_messages,
-    original_span,
-    replacement_offsets,
-    span_mask,
-    tokenize,
-)
-from .prompt_media import VIDEO_TOKEN, PromptMedia, media_of_prompts, placeholder_pattern
+from .chat_templates import CHAT_TEMPLATES, chosen_template
+from .image_loading import load_images
+from .prompt_encoding import control_token_pattern, encode_prompts, holds_video, normalise_messages, span_mask
+from .prompt_media import VIDEO_TOKEN, media_of_prompts
 from .token_counting import TokenCountingMixin
+from .tokenizer_setup import add_placeholder, is_one_token, make_tokenizer_config_portable
 from .tower_image_processor import square_image_processor
 from .video_frames import FrameSampling
-from .view_tiling import cut_images, in_company, square_pixels, view_pixels
+from .view_tiling import cut_images, image_pixels, in_company
 
 
 # In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .view_geometry import FRAME_SIZE, ImageViews
+    from .view_geometry import FRAME_SIZE
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, ImageViews
+    from adaptive_llava.modeling.view_geometry import FRAME_SIZE
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .count_prediction import rungs_known_beforehand  # noqa: F401
@@ -130,7 +118,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         self.grid = list(grid) if grid else None
         self.tiling = dict(tiling) if tiling else {"type": "none"}
         self.code_repository = code_repository
-        if not _is_one_token(tokenizer, image_token):
+        if not is_one_token(tokenizer, image_token):
             raise ValueError(
                 f"`image_token={image_token!r}` is not one token of this tokenizer. Use "
                 "`AdaptiveLlavaProcessor.from_config(config, tokenizer)`, which adds it."
@@ -158,18 +146,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
             ValueError: `config.image_token_id` is another token of the tokenizer, or the tower does not tell its
                 input size and no `image_processor` is given.
         """
-        image_token = options.get("image_token", "<image>")
-        if not _is_one_token(tokenizer, image_token):
-            tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
-        token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if config.image_token_id != token_id:
-            raise ValueError(
-                f"`config.image_token_id={config.image_token_id}`, but {image_token!r} is token {token_id} of the "
-                f"tokenizer. Set `config.image_token_id = {token_id}` before the model is built."
-            )
-        if tokenizer.pad_token is None:
-            # not the end token where there is a choice: collators mask the padding token in the labels
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        add_placeholder(tokenizer, options.get("image_token", "<image>"), config.image_token_id)
         return cls(
             image_processor if image_processor is not None else square_image_processor(config.vision_config),
             tokenizer,
@@ -249,7 +226,8 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         texts = None if text is None else _check_texts(text)
         media = media_of_prompts(texts, self.image_token, images, videos, FrameSampling(num_frames, fps))
         sources, rows = media.sources, media.per_prompt
-        loaded = self._load(sources, allow_urls, images_kwargs)
+        data_format = images_kwargs.pop("input_data_format", None)
+        loaded = load_images(sources, allow_urls=allow_urls, input_data_format=data_format)
         sizes = [
             FRAME_SIZE if frame and self.tiling["type"] == "anyres" else (image.height, image.width)
             for image, frame in zip(loaded, media.frames, strict=True)
@@ -265,16 +243,21 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
                 f"{(self.router or {}).get('type')!r} router decides inside it (`visual_token_budget="
                 f"{visual_token_budget!r}`). Pass `visual_rungs`, a whole-number budget, or `layout='compact'`."
             )
-        pixels = self._pixels(loaded, sizes, cuts, return_tensors, images_kwargs) if sources else {}
+        seen: dict[str, Any] = {}
+        if sources:
+            pixels = image_pixels(self.image_processor, loaded, cuts, self.tiling, images_kwargs, return_tensors)
+            # sizes are tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
+            seen = {"pixel_values": pixels, "image_sizes": sizes}
         if undecided and self._routes_by_pixels:
-            counts, rungs = self._counts_known_beforehand(cuts, *decision, pixels["pixel_values"])
+            counts, rungs = self._counts_known_beforehand(cuts, *decision, seen["pixel_values"])
         data: dict[str, Any] = {}
         if texts is not None:
-            data |= self._encode(texts, media, counts if expanded else None, text_kwargs)
+            placeholders = counts if expanded else None
+            data |= encode_prompts(self.tokenizer, texts, media, placeholders, self.image_token, text_kwargs)
             if return_mm_token_type_ids:
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         offsets = data.pop("text_replacement_offsets", None)
-        data |= pixels
+        data |= seen
         chosen_here = undecided or (expanded and visual_token_budget not in (None, "auto"))
         if sources and rungs is not None and (visual_rungs is not None or chosen_here):
             data["visual_rungs"] = rungs
@@ -320,7 +303,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
                 on that prompt takes it out again. Pass false only for text you wrote yourself.
             kwargs: Variables of the template.
         """
-        template = self._template(chat_template)
+        template = chosen_template(self.chat_template, chat_template)
         call_options = {**{key: kwargs.pop(key) for key in list(kwargs) if key in _PROCESSOR_KWARGS}}
         call_options |= processor_kwargs or {}
         first = conversation[0] if len(conversation) else None
@@ -361,7 +344,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         """Write the processor, the tokenizer and the remote code, so that transformers 4.57 and 5 can load them."""
         hub_options = {key: kwargs.pop(key) for key in ("repo_id", "commit_message") if key in kwargs}
         files = super().save_pretrained(str(save_directory), **kwargs)
-        _make_tokenizer_config_portable(Path(save_directory) / "tokenizer_config.json")
+        make_tokenizer_config_portable(Path(save_directory) / "tokenizer_config.json")
         if self.code_repository is None:
             copy_code(save_directory)
         if push_to_hub:  # only now: what is uploaded must have the two steps above
@@ -377,90 +360,12 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
         """Nothing to do: `save_pretrained` writes the code itself."""
 
-    def _encode(
-        self, texts: list[str], media: PromptMedia, counts: list[int] | None, text_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given."""
-        remaining = iter([1] * len(media.sources) if counts is None else counts)
-        slots = [sum(next(remaining) for _ in range(shown)) for shown in media.per_placeholder]
-        pattern = placeholder_pattern(self.image_token, videos=any(media.frames))
-        expanded, shifts = expand_placeholders(texts, pattern, self.image_token, slots)
-        data = tokenize(self.tokenizer, expanded, {**text_kwargs, "return_token_type_ids": False})
-        for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
-            kept, expected = list(ids).count(self.image_token_id), prompt.count(self.image_token)
-            if kept != expected:
-                specials = text_kwargs.get("add_special_tokens", True)
-                full = len(self.tokenizer(prompt, add_special_tokens=specials)["input_ids"])
-                limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
-                raise ValueError(
-                    f"`max_length={limit}` cuts {expected - kept} of the {expected} {self.image_token!r} placeholders "
-                    f"of row {row}, and an image without its placeholder cannot be read. Pass at least {full} for "
-                    "this row, or `truncation=False` (in TRL: `max_length=None`)."
-                )
-        data["text_replacement_offsets"] = [
-            replacement_offsets(prompt, row, self.image_token) for prompt, row in zip(texts, shifts, strict=True)
-        ]
-        if "offset_mapping" in data:
-            data["offset_mapping"] = [
-                [original_span(span, row_shifts) for span in row]
-                for row, row_shifts in zip(data["offset_mapping"], shifts, strict=True)
-            ]
-        return data
-
-    def _load(self, sources: list[Any], allow_urls: bool, images_kwargs: dict[str, Any]) -> list[Image.Image]:
-        """Upright 8-bit RGB images; takes the array layout out of the options."""
-        data_format = images_kwargs.pop("input_data_format", None)
-        data_format = getattr(data_format, "value", data_format)  # transformers' enum
-        data_format = {"first": "channels_first", "last": "channels_last"}.get(data_format, data_format)
-        return [
-            load_image(source, index=index, allow_urls=allow_urls, input_data_format=data_format)
-            for index, source in enumerate(sources)
-        ]
-
-    def _pixels(
-        self,
-        images: list[Image.Image],
-        sizes: list[tuple[int, int]],
-        cuts: Sequence[ImageViews],
-        return_tensors: str | None,
-        images_kwargs: dict[str, Any],
-    ) -> dict[str, Any]:
-        if images_kwargs.get("do_rescale") is False:
-            raise ValueError(
-                "`do_rescale=False` is not possible here: every image becomes 8-bit RGB first (fractions 0 to 1 are "
-                "recognised as such). Leave it out."
-            )
-        # sizes are tuples: TRL's GRPO takes a list of lists for a per-token key and pads it
-        if self.tiling["type"] != "none":
-            pixel_values = view_pixels(self.image_processor, images, cuts, self.tiling, images_kwargs)
-            # one array: a tensor of a list of arrays is slow to build
-            return {"pixel_values": np.stack(pixel_values) if return_tensors else pixel_values, "image_sizes": sizes}
-        images_kwargs = {**images_kwargs, "return_tensors": return_tensors}
-        return {"pixel_values": square_pixels(self.image_processor, images, images_kwargs), "image_sizes": sizes}
-
     def _control_tokens(self, chats: Sequence[Any]) -> set[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | {self.image_token}
         if any(holds_video(message) for chat in chats for message in chat):
             special.add(VIDEO_TOKEN)  # elsewhere it is a word like any other
         return special | set(self.tokenizer.all_special_tokens)
-
-    def _template(self, name: str | None) -> str:
-        own = self.chat_template
-        if isinstance(own, dict):
-            known = {**CHAT_TEMPLATES, **own}
-            if name is None and "default" not in own:
-                raise ValueError(
-                    f"`chat_template` must name one of this processor's templates: {', '.join(sorted(own))}."
-                )
-            name = "default" if name is None else name
-            return known.get(name, name)
-        template = own if name is None else name
-        if template is None:
-            raise ValueError(
-                "This processor has no chat template. Pass `chat_template='vicuna'`, 'chatml' or Jinja source."
-            )
-        return CHAT_TEMPLATES.get(template, template)
 
 
 def _check_layout(layout: str) -> str:
@@ -469,29 +374,8 @@ def _check_layout(layout: str) -> str:
     return layout
 
 
-def _is_one_token(tokenizer: Any, token: str) -> bool:
-    token_id = tokenizer.convert_tokens_to_ids(token)  # None or the unknown token's if there is none
-    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
-        return False
-    return tokenizer.encode(token, add_special_tokens=False) == [token_id]
-
-
 def _check_texts(text: Any) -> list[str]:
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(prompt, str) for prompt in texts):
         raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
     return texts
-
-
-def _make_tokenizer_config_portable(path: Path) -> None:
-    """Rewrite what transformers 5 writes and 4.57 cannot read."""
-    if not path.is_file():
-        return
-    options = json.loads(path.read_text(encoding="utf-8"))
-    if options.get("tokenizer_class") == "TokenizersBackend":
-        options["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(options.get("extra_special_tokens"), list):
-        options["additional_special_tokens"] = options.pop("extra_special_tokens")
-    # a generic fast tokenizer would emit token_type_ids, which generate() refuses
-    options["model_input_names"] = ["input_ids", "attention_mask"]
-    path.write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

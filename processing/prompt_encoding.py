@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .prompt_media import PromptMedia, placeholder_pattern
+
 
 # A noncharacter, which Unicode keeps for internal use. Written into a control token it makes ordinary text of it;
 # the processor takes it out again between tokenisation and padding.
@@ -74,6 +76,55 @@ def normalise_messages(
             content = parts
         normalised.append({**{key: value for key, value in message.items() if value is not None}, "content": content})
     return normalised, images, videos
+
+
+def encode_prompts(
+    tokenizer: Any,
+    texts: list[str],
+    media: PromptMedia,
+    counts: Sequence[int] | None,
+    image_token: str,
+    text_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Token ids and masks, lists of `(batch, length)`; offsets refer to `texts` as given.
+
+    Args:
+        tokenizer: Knows `image_token` as one token.
+        texts: Prompts with one placeholder per image or video.
+        media: What stands behind the placeholders.
+        counts: Placeholders to write for each image or frame; `None` writes one.
+        image_token: Placeholder of an image.
+        text_kwargs: Call options of the tokenizer.
+
+    Raises:
+        ValueError: Truncation would cut placeholders.
+    """
+    remaining = iter([1] * len(media.sources) if counts is None else counts)
+    slots = [sum(next(remaining) for _ in range(shown)) for shown in media.per_placeholder]
+    pattern = placeholder_pattern(image_token, videos=any(media.frames))
+    expanded, shifts = expand_placeholders(texts, pattern, image_token, slots)
+    data = tokenize(tokenizer, expanded, {**text_kwargs, "return_token_type_ids": False})
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    for row, (ids, prompt) in enumerate(zip(data["input_ids"], expanded, strict=True)):
+        kept, expected = list(ids).count(image_token_id), prompt.count(image_token)
+        if kept != expected:
+            specials = text_kwargs.get("add_special_tokens", True)
+            full = len(tokenizer(prompt, add_special_tokens=specials)["input_ids"])
+            limit = text_kwargs.get("max_length") or tokenizer.model_max_length
+            raise ValueError(
+                f"`max_length={limit}` cuts {expected - kept} of the {expected} {image_token!r} placeholders of row "
+                f"{row}, and an image without its placeholder cannot be read. Pass at least {full} for this row, or "
+                "`truncation=False` (in TRL: `max_length=None`)."
+            )
+    data["text_replacement_offsets"] = [
+        replacement_offsets(prompt, row, image_token) for prompt, row in zip(texts, shifts, strict=True)
+    ]
+    if "offset_mapping" in data:
+        data["offset_mapping"] = [
+            [original_span(span, row_shifts) for span in row]
+            for row, row_shifts in zip(data["offset_mapping"], shifts, strict=True)
+        ]
+    return data
 
 
 def expand_placeholders(

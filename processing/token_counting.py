@@ -8,16 +8,17 @@ from typing import Any
 from transformers.processing_utils import MultiModalData
 
 from .count_prediction import most_tokens, routing_known_beforehand, rungs_known_beforehand
-from .image_loading import flatten_images, image_size
-from .view_tiling import before_padding, cut_images, in_company, routed_views
+from .image_loading import flatten_images, image_size, load_images
+from .video_frames import FrameSampling, flatten_videos, load_frames
+from .view_tiling import before_padding, cut_images, image_pixels, in_company, routed_views
 
 
 # In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
-    from .view_geometry import ImageViews, image_costs, view_grid
+    from .view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
     from .visual_token_geometry import ImageCost
 except ImportError:
-    from adaptive_llava.modeling.view_geometry import ImageViews, image_costs, view_grid
+    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, ImageViews, image_costs, view_grid
     from adaptive_llava.modeling.visual_token_geometry import ImageCost
 
 
@@ -30,13 +31,15 @@ class TokenCountingMixin:
     router: dict[str, Any] | None
     grid: list[int] | None
     tiling: dict[str, Any]
-    _load: Any
-    _pixels: Any
+    image_processor: Any
 
     def count_tokens(
         self,
         images: Any = None,
         *,
+        videos: Any = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         images_per_prompt: Sequence[int] | None = None,
         visual_token_budget: Any = None,
@@ -44,12 +47,15 @@ class TokenCountingMixin:
         allow_urls: bool = False,
         **images_kwargs: Any,
     ) -> list[int]:
-        """Visual tokens each image will cost.
+        """Visual tokens each image, and each frame of a video, will cost.
 
         Args:
             images: Images in any form that a call takes, one list per prompt where a prompt has several; or, without
                 AnyRes, just their number. Pixels are read only where the `pixel_std` router decides.
-            image_sizes: Height and width of each image in pixels, in place of `images`.
+            videos: Videos in any form that a call takes, of the same single prompt as `images`.
+            num_frames: As in a call.
+            fps: As in a call.
+            image_sizes: Height and width of each image in pixels, in place of `images`; (0, 0) for a frame.
             images_per_prompt: Images of each prompt, beside `image_sizes`.
             visual_token_budget: As in a call; `{"total": n}` is shared by each inner list of `images`.
             visual_rungs: As in a call.
@@ -57,17 +63,32 @@ class TokenCountingMixin:
             images_kwargs: Options of the image processor, as in a call.
 
         Returns:
-            Tokens per image, newlines included. Exact for the `fixed` router, a whole-number budget, `visual_rungs`,
-            and the `pixel_std` router given images; otherwise the most that the router may choose.
+            Tokens per image, newlines included, then per frame of each video. Exact for the `fixed` router, a
+            whole-number budget, `visual_rungs`, and the `pixel_std` router given images; otherwise the most that the
+            router may choose.
+
+        Raises:
+            ValueError: What is given does not tell the counts, a budget does not fit, or `videos` beside several
+                prompts.
         """
+        reading = {"allow_urls": allow_urls, "input_data_format": images_kwargs.pop("input_data_format", None)}
         sources, rows = (None, None) if isinstance(images, int) else flatten_images(images)
+        first_frame = len(sources or ())
+        if videos is not None:
+            several = isinstance(images, int) or images_per_prompt is not None or image_sizes is not None
+            frames = _frames_of_one_prompt(videos, FrameSampling(num_frames, fps), several or len(rows or ()) > 1)
+            sources = [*(sources or ()), *frames]
+            rows = [len(sources)]
         if rows is None and images_per_prompt is not None:
             rows = list(images_per_prompt)
         if image_sizes is not None:
             cuts = cut_images(self.tiling, image_sizes, in_company(self.tiling, rows))
         elif sources is not None:
             tiled = self.tiling["type"] == "anyres"
-            sizes = [image_size(source, index=index) if tiled else (1, 1) for index, source in enumerate(sources)]
+            sizes = [
+                image_size(source, index=index, **reading) if tiled and index < first_frame else FRAME_SIZE
+                for index, source in enumerate(sources)
+            ]
             cuts = cut_images(self.tiling, sizes, in_company(self.tiling, rows))
         elif self.tiling["type"] != "anyres":
             cuts = [ImageViews()] * images
@@ -79,9 +100,8 @@ class TokenCountingMixin:
         decision = (visual_token_budget, visual_rungs, rows)
         counts, _ = self._counts_known_beforehand(cuts, *decision)
         if counts is None and self._routes_by_pixels and sources:
-            loaded = self._load(sources, allow_urls, images_kwargs)
-            sizes = [(image.height, image.width) for image in loaded]
-            pixels = self._pixels(loaded, sizes, cuts, None, images_kwargs)["pixel_values"]
+            loaded = load_images(sources, **reading)
+            pixels = image_pixels(self.image_processor, loaded, cuts, self.tiling, images_kwargs)
             counts, _ = self._counts_known_beforehand(cuts, *decision, pixels)
         return self._most_tokens(cuts, visual_token_budget) if counts is None else counts
 
@@ -157,6 +177,16 @@ class TokenCountingMixin:
 
     def _most_tokens(self, cuts: Sequence[ImageViews], budget: Any) -> list[int]:
         return [most_tokens(cost, budget) for cost in self._costs(cuts)]
+
+
+def _frames_of_one_prompt(videos: Any, sampling: FrameSampling, several: bool) -> list[Any]:
+    clips, rows = flatten_videos(videos)
+    if several or len(rows or ()) > 1:
+        raise ValueError(
+            "`videos` are counted for one prompt at a time. Pass its images and videos, each as a flat list, without "
+            "`image_sizes` and `images_per_prompt`."
+        )
+    return [frame for index, clip in enumerate(clips) for frame in load_frames(clip, sampling, index=index)]
 
 
 def _only_counts(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,39 @@ def routed_views(tiling: Mapping[str, Any], cuts: Sequence[ImageViews], pixel_va
     return pixel_values
 
 
+def image_pixels(
+    image_processor: Any,
+    images: Sequence[Image.Image],
+    cuts: Sequence[ImageViews],
+    tiling: Mapping[str, Any],
+    options: Mapping[str, Any],
+    return_tensors: str | None = None,
+) -> Any:
+    """`pixel_values` of a call: `(N, 3, S, S)`, or of tiled images `(N, max_views, 3, S, S)`.
+
+    Args:
+        image_processor: For square inputs, or transformers' own for LLaVA-NeXT or LLaVA-OneVision.
+        images: 8-bit RGB.
+        cuts: How each image is cut.
+        tiling: The model's options.
+        options: Call options of the image processor.
+        return_tensors: As in a call; without it a list with one array per image.
+
+    Raises:
+        ValueError: `do_rescale=False`.
+    """
+    if options.get("do_rescale") is False:
+        raise ValueError(
+            "`do_rescale=False` is not possible here: every image becomes 8-bit RGB first (fractions 0 to 1 are "
+            "recognised as such). Leave it out."
+        )
+    if tiling["type"] == "none":
+        return square_pixels(image_processor, images, {**options, "return_tensors": return_tensors})
+    pixels = view_pixels(image_processor, images, cuts, tiling, options)
+    # one array: a tensor of a list of arrays is slow to build
+    return np.stack(pixels) if return_tensors else pixels
+
+
 def view_pixels(
     image_processor: Any,
     images: Sequence[Image.Image],

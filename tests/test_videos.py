@@ -130,3 +130,38 @@ def test_frames_are_not_tiled_beside_images_that_are(layout):
 def test_videos_and_placeholders_that_disagree_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         processor_of(tiny_model("dfmr"))(**arguments)
+
+
+ROUTERS = {
+    "fixed": {"type": "fixed", "rung": 1},
+    "pixel_std": {"type": "pixel_std", "thresholds": [0.3, 0.6]},
+}
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize("tiling", [None, {"type": "anyres"}, {"type": "anyres", "several_images": "whole"}])
+def test_counting_a_prompt_with_videos_counts_every_frame_as_the_model_does(router, tiling):
+    model = tiny_model("dfmr", router=ROUTERS[router], tiling=tiling)
+    processor = processor_of(model)
+    media = {"images": [picture(1)], "videos": [clip(5), clip(2)], "num_frames": 3}
+    inputs = processor(text="w5 <image> w6 <video> w7 <video>", return_tensors="pt", **media)
+    with torch.no_grad():
+        spent = model(**inputs).num_visual_tokens.tolist()
+    assert processor.count_tokens(**media) == spent and len(spent) == 6
+    shared = processor.count_tokens(**media, visual_token_budget={"total": 120})
+    with torch.no_grad():
+        assert model(**inputs, visual_token_budget={"total": 120}).num_visual_tokens.tolist() == shared != spent
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"videos": [[clip(2)], [clip(2)]]},
+        {"videos": [clip(2)], "images": [[picture(1)], [picture(2)]]},
+        {"videos": [clip(2)], "images": 2},
+        {"videos": [clip(2)], "image_sizes": [(24, 24)]},
+    ],
+)
+def test_videos_of_several_prompts_are_not_counted_at_once(given):
+    with pytest.raises(ValueError, match="`videos` are counted for one prompt at a time. Pass its images"):
+        processor_of(tiny_model("dfmr")).count_tokens(**given)

@@ -230,6 +230,10 @@ def test_counts_are_read_from_the_header_with_the_image_upright(tmp_path):
     assert processor.count_tokens(str(tmp_path / "turned.jpg")) == processor.count_tokens(content) == expected
     assert processor.count_tokens([[content[:700]]]) == expected  # the pixels are not there
     assert processor.count_tokens(np.asarray(PICTURES[0])) == expected
+    strip = np.asarray(picture((3, 50)))  # three rows, which could be three channels
+    assert processor.count_tokens(strip, input_data_format="channels_last") == processor.count_tokens(
+        image_sizes=[(3, 50)]
+    )
     with pytest.raises(
         ValueError, match="`images=2` does not tell the tiles.*Pass the images themselves, or `image_s"
     ):
