@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"python -m adaptive_llava {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
 

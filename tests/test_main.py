@@ -11,6 +11,12 @@ from tests.conftest import tiny_model
 from tests.test_convert import character_tokenizer
 
 
+def save(folder):
+    model = tiny_model("dfmr")
+    model.save_pretrained(folder)
+    AdaptiveLlavaProcessor.from_config(model.config, character_tokenizer()).save_pretrained(folder)
+
+
 def test_without_a_command_all_are_listed(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
@@ -29,10 +35,24 @@ def test_every_command_has_help(name, capsys):
     assert "usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "--model", ".", "--data", "no/such/place", "--target-mean", "9"],
+        ["train-router", "--model", "{model}", "--output", "routed", "--positive", "no/such/place", "--negative", "x"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_data_that_are_not_there_are_told_in_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model")
+    assert main([text.format(model=tmp_path / "model") for text in arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"python -m adaptive_llava {arguments[0]}: error: no/such/place: there is no such file")
+
+
 def test_a_value_that_cannot_work_is_told_in_one_line(tmp_path, capsys):
-    model = tiny_model("dfmr")
-    model.save_pretrained(tmp_path / "model")
-    AdaptiveLlavaProcessor.from_config(model.config, character_tokenizer()).save_pretrained(tmp_path / "model")
+    save(tmp_path / "model")
     (tmp_path / "images").mkdir()
     for index in range(10):
         Image.new("RGB", (24, 24), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
