@@ -375,6 +375,27 @@ def test_a_budget_in_training_replaces_the_router(tmp_path):
         train(tiny_model("dfmr"), tmp_path, lora=False, visual_token_budget=2)
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize(("layout", "least", "largest"), [("sequence", 4, 22), ("spatial_unpad", 5, 24)])
+def test_a_budget_for_tiled_images_is_held_against_whole_images_with_their_tiles(
+    layout, least, largest, tmp_path, caplog
+):
+    # 4 tokens a view: shown whole 4 (joined: and a newline); as 2x2 tiles 5 views and 2 newlines (4 lines of 4 and 1)
+    def tiled():
+        return tiny_model("dfmr", tiling={"type": "anyres", "view_layout": layout})
+
+    with pytest.raises(ValueError, match=rf"is below the smallest count .*\({least} tokens\). Pass at least {least}"):
+        train(tiled(), tmp_path, lora=False, visual_token_budget=least - 1)
+    train(tiled(), tmp_path, lora=False, visual_token_budget=largest)
+    assert "does not suffice for every image" not in caplog.text
+    trainer = train(tiled(), tmp_path, lora=False, visual_token_budget=largest - 1)
+    assert f"costs up to {largest} tokens at the fewest, and training would stop at it" in caplog.text
+    with pytest.raises(
+        ValueError, match=rf"{largest - 1}` is below the smallest count .*\({largest} tokens for an im"
+    ):
+        trainer.train()  # the pictures are square
+
+
 # ---- the command, end to end
 
 

@@ -50,6 +50,7 @@ from trl import (
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
+from adaptive_llava.modeling.view_geometry import ImageViews, cut_image, image_costs
 from adaptive_llava.training.collator import ConversationCollator
 from adaptive_llava.training.conversation_data import Rows, load_conversations
 from adaptive_llava.training.lora_targets import (
@@ -219,7 +220,8 @@ def build_trainer(
         eval_dataset: Rows to evaluate on.
         model_arguments: Use LoRA if its `use_peft` is set.
         train_vision_tower: Train the vision tower too.
-        visual_token_budget: Visual tokens per image in place of the router's choice.
+        visual_token_budget: Visual tokens per image, all its tiles and newlines included, in place of the router's
+            choice.
         threshold_schedule: `"learning_rate"` moves the router's thresholds with the learning rate; see
             `threshold_schedule.py`.
         learning_rates: Peak rate of parts that differ from `training.learning_rate`, by name; see
@@ -233,12 +235,8 @@ def build_trainer(
         ValueError: A budget below the smallest count, unknown LoRA targets, a threshold schedule where the router
             has no thresholds, a learning rate of a part that is not trained, or what TRL refuses.
     """
-    smallest = model.config.visual_token_counts[0]
-    if visual_token_budget is not None and visual_token_budget < smallest:
-        raise ValueError(
-            f"`visual_token_budget={visual_token_budget}` is below the smallest count this model can produce "
-            f"({smallest} tokens). Pass at least {smallest}, or leave it out for the router's choice."
-        )
+    if visual_token_budget is not None:
+        _check_budget(visual_token_budget, model.config)
     schedule = None if threshold_schedule is None else ThresholdSchedule(threshold_schedule)
     if schedule is not None:
         routed_by_thresholds(model)
@@ -292,6 +290,26 @@ def build_trainer(
     if trains_visual_parts(trained):
         model.config.compressor_trained = True  # of what is saved from now on
     return trainer
+
+
+def _check_budget(budget: int, config: Any) -> None:
+    # of tiled images by size: what the model will say of one, before the training has come to it
+    cuts = [ImageViews()]
+    if config.tiling["type"] == "anyres":
+        cuts += [cut_image(config.tiling, resolution) for resolution in config.tiling["pinpoints"]]
+    costs = image_costs(config.tiling, config.compressor, config.view_grid, cuts)
+    least = [cost.counts[0] for cost in costs]
+    if budget < min(least):
+        raise ValueError(
+            f"`visual_token_budget={budget}` is below the smallest count this model can produce ({min(least)} "
+            f"tokens). Pass at least {min(least)}, or leave it out for the router's choice."
+        )
+    if budget < max(least):
+        logger.warning(
+            f"`visual_token_budget={budget}` does not suffice for every image: one that is cut into "
+            f"{max(cut.views for cut in cuts) - 1} tiles costs up to {max(least)} tokens at the fewest, and training "
+            f"would stop at it. Pass at least {max(least)} unless your images are smaller."
+        )
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
