@@ -102,6 +102,9 @@ def test_every_view_of_a_tiled_image_is_counted_like_an_image():
     calibration = calibrate_thresholds(model, [(views, sizes)], shares=[0.3, 0.3, 0.4])
     alone = calibrate_thresholds(model, [views.flatten(0, 1)], shares=[0.3, 0.3, 0.4])
     assert calibration.num_images == 36 and calibration.thresholds == alone.thresholds
+    assert "of 36 views" in calibration.summary() and "tokens per view, the whole image" in calibration.summary()
+    assert calibration.provenance()["counted"] == "views"
+    assert "per view" not in calibrate_thresholds(tiny_model("dfmr"), [tiny_images(12)], target_mean=9).summary()
 
 
 @pytest.mark.parametrize("router", ["feature_std", "pixel_std"])

@@ -97,6 +97,7 @@ def calibrate_thresholds(
         seed=seed,
         spread=spread,
         data_name=data_name,
+        counted="views" if inner.config.tiling["type"] == "anyres" else "images",
     )
 
 
@@ -175,8 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder or Hub id of an adaptive LLaVA model")
     parser.add_argument("--data", required=True, help="folder of images, saved dataset, *.parquet, or Hub dataset id")
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--target-mean", type=float, help="wanted mean, in tokens per image")
-    goal.add_argument("--shares", type=_numbers, help="wanted share of images per count, fewest first: 0.5,0.3,0.2")
+    goal.add_argument("--target-mean", type=float, help="wanted mean, in tokens per image (AnyRes: per view)")
+    goal.add_argument(
+        "--shares", type=_numbers, help="wanted share of images (views) per count, fewest first: 0.5,0.3,0.2"
+    )
     parser.add_argument("--holdout", type=float, default=0.3, help="share of images only measured (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (%(default)s)")

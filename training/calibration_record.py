@@ -33,6 +33,7 @@ class Calibration:
         seed: Seed of the split.
         spread: The router's statistic of every image, `(num_images, len(counts) - 1)`.
         data_name: Name of the images' folder or dataset.
+        counted: What all numbers above are of: "images", or with AnyRes "views".
     """
 
     thresholds: tuple[float, ...]
@@ -48,6 +49,7 @@ class Calibration:
     seed: int
     spread: np.ndarray = field(repr=False)
     data_name: str | None = None
+    counted: str = "images"
 
     @property
     def within_target(self) -> bool:
@@ -59,6 +61,7 @@ class Calibration:
         return {
             "data": self.data_name,
             "num_images": self.num_images,
+            "counted": self.counted,
             "statistics_sha256": hashlib.sha256(np.ascontiguousarray(self.spread, dtype="<f4").tobytes()).hexdigest(),
             "counts": list(self.counts),
             "target_mean": self.target_mean,
@@ -89,15 +92,16 @@ class Calibration:
 
     def summary(self) -> str:
         """The held-out figures in a few lines."""
+        each = "" if self.counted == "images" else " per view, the whole image and each tile being one"
         within = "is within" if self.within_target else "is NOT within"
         allowed = max(0.05 * self.target_mean, 2 * self.standard_error)
         thresholds = ", ".join(f"{threshold:.5g}" for threshold in self.thresholds)
         spent = ", ".join(f"{count}: {share:.1%}" for count, share in zip(self.counts, self.shares, strict=True))
         return (
             f"thresholds            {thresholds}\n"
-            f"chosen on             {self.num_images - self.num_held_out} of {self.num_images} images\n"
-            f"held-out mean         {self.mean:.1f} tokens, standard error {self.standard_error:.1f} "
-            f"({self.num_held_out} images)\n"
+            f"chosen on             {self.num_images - self.num_held_out} of {self.num_images} {self.counted}\n"
+            f"held-out mean         {self.mean:.1f} tokens{each}, standard error {self.standard_error:.1f} "
+            f"({self.num_held_out} {self.counted})\n"
             f"held-out distribution {spent}\n"
             f"The held-out mean {within} {allowed:.1f} tokens (5 % or 2 standard errors) of the target, "
             f"{self.target_mean:.1f}."
@@ -114,7 +118,7 @@ class Calibration:
         for index, axes in enumerate(np.atleast_1d(figure.subplots(1, panels))):
             axes.hist(self.spread[:, index], bins=40, color="#7a9cc6")
             axes.axvline(self.thresholds[index], color="#c0392b")
-            axes.set(xlabel=f"statistic for {self.counts[index]} tokens", ylabel="images")
+            axes.set(xlabel=f"statistic for {self.counts[index]} tokens", ylabel=self.counted)
             axes.set_title(f"at most {self.thresholds[index]:.4g}: {self.counts[index]} tokens", fontsize=10)
         figure.savefig(path, dpi=110)
 
