@@ -114,6 +114,36 @@ def test_of_a_tiled_image_every_view_gets_the_count(tmp_path, capsys):
     assert processor.count_tokens(image_sizes=[(24, 48), (48, 48)]) == [3 * 9 + 1, 5 * 9 + 2]
 
 
+TILINGS = {
+    "sequence": {"type": "anyres", "view_layout": "sequence"},
+    "joined": {"type": "anyres", "view_layout": "spatial_unpad"},
+    "mosaic": {"type": "mosaic", "n": 2},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(TILINGS))
+def test_sizes_alone_tell_the_rows_of_a_tiled_image(name, tmp_path):
+    freeze_budget(save(tmp_path / "source", tiling=TILINGS[name]), tmp_path / "frozen", 17)
+    model, processor = (
+        kind.from_pretrained(tmp_path / "frozen") for kind in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    images = [picture(seed).resize(size) for seed, size in enumerate([(48, 24), (37, 50), (24, 90)])]
+    inputs = processor(images=images, text="<image> and <image>, <image>", return_tensors="pt")
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    rows = [len(row) for row in getattr(features, "pooler_output", features)]
+    sizes = [(24, 48), (50, 37), (90, 24)]
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] == rows
+    assert inputs["mm_token_type_ids"].sum() == sum(rows)
+    # 9 tokens a view, or 16 of the one map of a mosaic
+    expected = {
+        "sequence": [3 * 9 + 1, 5 * 9 + 2, 4 * 9 + 3],
+        "joined": [9 + 3 * 7, 9 + 6 * 5, 9 + 9 * 4],
+        "mosaic": [16] * 3,
+    }
+    assert rows == expected[name]
+
+
 def test_everything_but_a_few_entries_is_the_sources_byte_by_byte(checkpoint, tmp_path):
     freeze_budget(checkpoint, tmp_path / "frozen", 9)
     before, after = contents(checkpoint), contents(tmp_path / "frozen")
