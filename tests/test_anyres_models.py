@@ -24,6 +24,7 @@ from tests.conftest import (
     tiny_text_config,
     tiny_vision_config,
 )
+from tests.test_placeholder_generation import gold
 
 
 pytestmark = pytest.mark.compat
@@ -413,3 +414,33 @@ def test_prefusion_reads_the_patches_of_all_views(tiling):
             torch.tensor([prompt]), **own, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
         assert (answer.logits[0][0] - alone[0, -1]).abs().max() <= 1e-4
+
+
+BOTH_TILINGS = pytest.mark.parametrize(
+    "tiling", [{"type": "anyres"}, {"type": "mosaic", "n": 2}], ids=lambda tiling: tiling["type"]
+)
+
+
+@BOTH_TILINGS
+def test_generation_under_prefusion_equals_a_loop_without_a_cache(tiling):
+    model = tiny_model("dfmr", tiling=tiling, prefusion_layers=2)
+    pixels, sizes = tiny_images(20).unflatten(0, (4, 5)), torch.tensor(SIZES)
+    if tiling["type"] == "anyres":
+        pixels, sizes, _ = pixels_of(model.config.tiling, SIZES)
+    ids, mask = batch_rows(SEVERAL, "left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_sizes": sizes}
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    shown = [[0], [1, 2, 3], []]
+    for row, images, found in zip(SEVERAL, shown, output[:, ids.shape[1] :].tolist(), strict=True):
+        assert found == gold(model, row, pixels[images], 5, image_sizes=sizes[images])
+
+
+@BOTH_TILINGS
+def test_prefusion_of_tiled_images_is_part_of_the_graph_in_training_on_text_alone(tiling):
+    model = tiny_model("dfmr", tiling=tiling, prefusion_layers=2).train()
+    ids = torch.tensor([[5, 6, 7]])
+    alone = model(input_ids=ids, labels=ids)
+    alone.loss.backward()
+    parts = [model.model.modality_prefusion, model.model.multi_modal_projector]
+    assert all(p.grad is not None and not p.grad.any() for part in parts for p in part.parameters())
+    assert torch.equal(alone.logits, model.eval()(input_ids=ids).logits)
