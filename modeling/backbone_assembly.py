@@ -134,7 +134,8 @@ class BackboneAssemblyMixin:
             fields: Config fields that override the preset's.
 
         Raises:
-            ValueError: No `image_token_id` can be told, or a head that needs more than a matrix.
+            ValueError: No `image_token_id` can be told, a tower that gives no patch grid, or a head that needs more
+                than a matrix.
         """
         if not isinstance(vision, PreTrainedModel):
             vision = AutoModel.from_pretrained(vision)
@@ -242,16 +243,24 @@ def _warm_start_projector(own: Any, trained: Any) -> None:
 
 
 def _measured_geometry(tower: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
-    if vision_geometry(tower.config) is not None:
+    # Black images tell what a convolutional tower's config does not, and whether other towers give patches at all;
+    # two, since some join a batch to one sequence.
+    parameter = next(tower.parameters())
+    if vision_geometry(tower.config) is not None and parameter.is_meta:
         return {}
-    # a convolutional tower's config does not tell its width and grid: look at one black image
     layer = fields.get("vision_feature_layer", -2)
     tile_size = (fields.get("tiling") or {}).get("tile_size")  # what AnyRes shows such a tower
     size = (tile_size, tile_size) if tile_size else input_size(tower)
-    parameter = next(tower.parameters())
-    with torch.no_grad():
-        image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
-        features = extract_features(tower, image, layer)
+    try:
+        with torch.no_grad():
+            images = torch.zeros(2, 3, *size, device=parameter.device, dtype=parameter.dtype)
+            features = extract_features(tower, images, layer)
+    except Exception as error:
+        raise ValueError(
+            f"`vision` ({type(tower).__name__}) gives no patch grid for images of {size[0]}x{size[1]} pixels: {error} "
+            "Use a ViT with one token per patch (CLIP, SigLIP, DINOv2, DINOv3) or a convolutional tower, and a "
+            "`vision_feature_layer` that it has."
+        ) from error
     layers = 1 if isinstance(layer, int) else len(layer)
     return {"vision_feature_dim": features.patches.shape[-1] // layers, "vision_grid": list(features.grid)}
 

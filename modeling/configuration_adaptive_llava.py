@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
@@ -20,7 +21,7 @@ from .router_base import Router
 from .router_registry import ROUTERS
 from .view_arrangement import ViewArrangement
 from .view_geometry import check_joined_map, check_tiling, view_grid
-from .vision_tower_features import has_class_token, vision_geometry
+from .vision_tower_features import has_class_token, image_side_lengths, vision_geometry
 from .visual_token_geometry import visual_token_ladder
 
 
@@ -180,6 +181,9 @@ class AdaptiveLlavaConfig(PretrainedConfig):
                 "features. Pass `vision_feature_dim` and `vision_grid=[height, width]`, or use `from_backbones`, "
                 "which measures them."
             )
+        self._check_numbers()
+        self._check_feature_layer()
+        self._check_language_model()
         self._check_fusion()
         with torch.device("meta"):
             self.build_fusion()
@@ -188,11 +192,16 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         check_prefusion(
             self.prefusion_layers, self.prefusion_variant, self.prefusion_padding, self.text_config, compressor
         )
+        if not compressor.projects and self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act={self.projector_hidden_act!r}` is unknown. Pass one of: "
+                f"{', '.join(sorted(ACT2FN))}."
+            )
         self.compressor, self.router = compressor.options, router.options
         tower_size = getattr(self.vision_config, "image_size", None)
         self.tiling = check_tiling(self.tiling, tower_size=tower_size, num_rungs=compressor.num_rungs)
         compressor.ladder(self.view_grid)
-        router.check_grid(self.view_grid)
+        router.check_grid(self.view_grid, image_side_lengths(self.vision_config))
         check_joined_map(self.tiling, self.compressor, self.view_grid)
         self._check_router_inputs(router)
 
@@ -246,6 +255,49 @@ class AdaptiveLlavaConfig(PretrainedConfig):
     def build_prefusion(self) -> ModalityPrefusion | None:
         """New modality pre-fusion, or `None` if this config has none."""
         return ModalityPrefusion(self.text_config, self.prefusion_layers) if self.prefusion_layers else None
+
+    def _check_numbers(self) -> None:
+        grid, width = self.vision_grid, self.vision_feature_dim
+        if not isinstance(grid, (list, tuple)) or len(grid) != 2 or not all(_is_whole(n, 1) for n in (*grid, width)):
+            raise ValueError(
+                f"`vision_grid={grid!r}` and `vision_feature_dim={width!r}` must be whole numbers >= 1: patches per "
+                "side, [height, width], and channels of one hidden state. Use a tower whose images hold a patch."
+            )
+        if not _is_whole(self.image_token_id, 0):
+            raise ValueError(
+                f"`image_token_id={self.image_token_id!r}` must be a whole number >= 0: the tokenizer's id of <image>."
+            )
+
+    def _check_feature_layer(self) -> None:
+        layer, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
+        layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        if not layers or any(isinstance(index, bool) or not isinstance(index, int) for index in layers):
+            raise ValueError(
+                f"`vision_feature_layer={layer!r}` must be the index of a hidden state, like -2, or a non-empty list "
+                "of several to join."
+            )
+        if depth and vision_geometry(self.vision_config) and not all(-depth - 1 <= index <= depth for index in layers):
+            raise ValueError(
+                f"`vision_feature_layer={layer!r}` is not there: this tower of {depth} layers has hidden states 0 to "
+                f"{depth}, or -1 to -{depth + 1} from the end."
+            )
+
+    def _check_language_model(self) -> None:
+        text = self.text_config
+        width, reason = getattr(text, "hidden_size", None), None
+        if width is None:
+            reason = "tells no `hidden_size`: it is made of several models"
+        elif getattr(text, "is_encoder_decoder", False):
+            reason = "has an encoder, which no visual token would reach"
+        elif not hasattr(text, "num_attention_heads"):
+            reason = "has no attention, and so no key-value cache to generate with"
+        elif getattr(text, "word_embed_proj_dim", width) != width:
+            reason = f"has embeddings of width {text.word_embed_proj_dim} in front of layers of width {width}"
+        if reason is not None:
+            raise ValueError(
+                f"`text_config` of type {text.model_type!r} {reason}. Use the config of a decoder with attention "
+                "whose embeddings are as wide as its layers, like LLaMA or Qwen."
+            )
 
     def _check_fusion(self) -> None:
         if self.fusion_blocks is None:
@@ -311,6 +363,10 @@ def _sub_config(value: PretrainedConfig | Mapping[str, Any] | None, default: dic
         return value
     options = dict(default) if value is None else {"model_type": default["model_type"], **value}
     return AutoConfig.for_model(**options)
+
+
+def _is_whole(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _add_legacy_rope(config: dict[str, Any]) -> None:

@@ -41,8 +41,12 @@ class Router(nn.Module):
     def initialise(self) -> None:
         """Start values of new weights; without any, or where PyTorch's own are right, nothing to do."""
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int], image_size: tuple[int, int] | None = None) -> None:
         """Refuse a patch grid that this router cannot judge.
+
+        Args:
+            grid: Patches per side of a view, `(height, width)`.
+            image_size: Pixels per side of what the tower reads, if its config tells.
 
         Raises:
             ValueError: An option does not fit the grid.

@@ -27,6 +27,17 @@ class PixelStdRouter(WindowSpreadRouter):
     type_name = "pixel_std"
     smallest_window = 1
 
+    def check_grid(self, grid: tuple[int, int], image_size: tuple[int, int] | None = None) -> None:
+        super().check_grid(grid, image_size)
+        if not self.windows or image_size is None:
+            return
+        if any(pixels < patches for pixels, patches in zip(image_size, grid, strict=True)):
+            raise ValueError(
+                f"`router.type='pixel_std'` reads a mosaic's whole image, and its {image_size[0]}x{image_size[1]} "
+                f"pixels are less than one for each of {grid[0]}x{grid[1]} patches. Use a smaller `tiling.n`, or "
+                "another router."
+            )
+
     def spreads(self, features: VisionFeatures, windows: Sequence[int]) -> list[Tensor]:
         steps = (features.pixels.bfloat16().double() * PIXEL_STEPS).round()
         return [pixel_spread(steps, features.grid, window).float() for window in windows]

@@ -68,7 +68,7 @@ class WindowSpreadRouter(Router):
             )
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
+    def check_grid(self, grid: tuple[int, int], image_size: tuple[int, int] | None = None) -> None:
         for window in self.windows:
             window_grid(grid, window, name="router.windows")
 

@@ -13,6 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .visual_tokens import VisionFeatures
 
 
+# How the types of ViTs begin that have patches alone.
+_WITHOUT_CLASS_TOKEN = ("aimv2", "idefics", "ijepa", "siglip", "smolvlm")
+
+
 def unwrap_tower(tower: nn.Module) -> nn.Module:
     """The tower without the wrapper that some transformers releases put around it.
 
@@ -23,9 +27,12 @@ def unwrap_tower(tower: nn.Module) -> nn.Module:
 
 
 def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | None:
-    """Feature width and patch grid of a tower, or `None` if its config does not tell (convolutional towers)."""
+    """Feature width and patch grid of a tower, or `None` if its config does not tell.
+
+    Those of convolutional towers and of pyramids like Swin differ from stage to stage.
+    """
     size, patch, width = (getattr(config, name, None) for name in ("image_size", "patch_size", "hidden_size"))
-    if size is None or patch is None or not isinstance(width, int):
+    if size is None or patch is None or not isinstance(width, int) or hasattr(config, "depths"):
         return None
     (height, width_px), (patch_height, patch_width) = _pair(size), _pair(patch)
     return width, (height // patch_height, width_px // patch_width)
@@ -33,12 +40,18 @@ def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | N
 
 def has_class_token(config: PretrainedConfig) -> bool:
     """Whether a tower has a [CLS] token, as far as its config tells: not SigLIP, and no convolutional tower."""
-    return vision_geometry(config) is not None and not config.model_type.startswith("siglip")
+    return vision_geometry(config) is not None and not config.model_type.startswith(_WITHOUT_CLASS_TOKEN)
+
+
+def image_side_lengths(config: PretrainedConfig) -> tuple[int, int] | None:
+    """Height and width of the images a tower was made for, in pixels, or `None` if its config does not tell."""
+    size = getattr(config, "image_size", None)
+    return None if size is None else _pair(size)
 
 
 def input_size(tower: Any) -> tuple[int, int]:
     """Height and width of the images a tower was made for, in pixels; 224 where its config does not tell."""
-    return _pair(getattr(tower.config, "image_size", 224))
+    return image_side_lengths(tower.config) or (224, 224)
 
 
 def extract_features(
@@ -56,7 +69,7 @@ def extract_features(
         blocks: Further hidden states to keep, prefix tokens dropped.
 
     Raises:
-        ValueError: The tower's tokens form no patch grid.
+        ValueError: The tower's tokens form no patch grid, or a layer or block is not there.
     """
     outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True)
     states = _layer_by_layer(tower, pixel_values) if outputs is None else outputs.hidden_states
@@ -66,6 +79,11 @@ def extract_features(
             asked = f"`vision_feature_layer={layer!r}`" if index in layers else f"Block {index} of {list(blocks)}"
             raise ValueError(f"{asked} is not there: this tower has hidden states 0 to {len(states) - 1}.")
     last = states[layers[0]]
+    if len(last) != len(pixel_values):
+        raise ValueError(
+            f"The vision tower gave {len(last)} rows of tokens for {len(pixel_values)} images; only towers that keep "
+            "images apart can be compressed."
+        )
     if last.dim() == 4:
         grid, prefix = tuple(last.shape[-2:]), 0
     else:
