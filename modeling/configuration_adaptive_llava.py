@@ -285,10 +285,10 @@ class AdaptiveLlavaConfig(PretrainedConfig):
     def _check_language_model(self) -> None:
         text = self.text_config
         width, reason = getattr(text, "hidden_size", None), None
-        if width is None:
-            reason = "tells no `hidden_size`: it is made of several models"
-        elif getattr(text, "is_encoder_decoder", False):
+        if getattr(text, "is_encoder_decoder", False):
             reason = "has an encoder, which no visual token would reach"
+        elif width is None or text.get_text_config() is not text:
+            reason = "describes several models, and not a language model alone"
         elif not hasattr(text, "num_attention_heads"):
             reason = "has no attention, and so no key-value cache to generate with"
         elif getattr(text, "word_embed_proj_dim", width) != width:
