@@ -96,6 +96,7 @@ def as_one_of_two(folder: str) -> None:
         save_file(gradients, f"{folder}/{way}-{rank}.safetensors")
     facts = {"pid": os.getpid(), "processes": accelerator.num_processes, "wrapped": type(model).__name__}
     Path(folder, f"{rank}.json").write_text(json.dumps(facts))
+    accelerator.wait_for_everyone()  # a process that leaves first may take the other with it
     accelerator.end_training()
 
 
