@@ -16,11 +16,15 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart test test-transformers-4 style check clean
+.PHONY: quickstart study test test-transformers-4 style check clean
 
 ## Build a tiny model, fine-tune it, save, reload, answer questions at a per-image budget.
 quickstart: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)")
+
+## Does per-image routing pay? Trains small models for about an hour on two cores; goes on where it was stopped.
+study: $(ENVIRONMENT)/installed
+	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers $(WORKERS)
 
 ## All tests.
 test: $(ENVIRONMENT)/installed

@@ -115,20 +115,22 @@ def test_tiny_model_has_one_patch_per_cell_and_three_token_counts(tiny):
 
 
 def test_training_sees_the_pixels_that_the_processor_makes(tiny):
-    from adaptive_llava.training.tiny_model import _pixels
+    from adaptive_llava.training.tiny_model import pixels_of
 
     images = render_images(6, seed=8)
     expected = tiny[1](images=[image.image for image in images], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(_pixels(tiny[1], images), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        pixels_of(tiny[1], [np.asarray(image.image) for image in images]), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_training_sees_the_ids_and_labels_that_the_chat_template_makes(tiny):
-    from adaptive_llava.training.tiny_model import _Words, conversation
+    from adaptive_llava.training.tiny_model import Words, conversation
 
     processor, rng = tiny[1], np.random.default_rng(0)
     images = render_images(6, seed=9)
     conversations: Any = [conversation(image, rng) for image in images]
-    input_ids, labels = _Words(processor.tokenizer).batch(conversations)
+    input_ids, labels = Words(processor.tokenizer).batch(conversations)
     for chat, image in zip(conversations, images, strict=True):
         text = {"type": "text", "text": chat[0]["content"]}
         chat[0]["content"] = [{"type": "image", "image": image.image}, text]

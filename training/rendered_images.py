@@ -151,14 +151,14 @@ def _draw_shapes(picture: Image.Image, shapes: list) -> tuple[Image.Image, tuple
     contents = np.full(GRID**2, PATCH_CONTENTS.index("background"))
     for shape, colour, centre, radius in shapes:
         stencil = Image.new("L", (size, size))
-        _fill(ImageDraw.Draw(stencil), shape, np.asarray(centre) * _OVERSAMPLING, radius * _OVERSAMPLING)
+        fill_shape(ImageDraw.Draw(stencil), shape, np.asarray(centre) * _OVERSAMPLING, radius * _OVERSAMPLING)
         picture.paste(COLOURS[colour], (0, 0), stencil.reduce(_OVERSAMPLING))
         coverage = np.asarray(stencil.reduce(CELL * _OVERSAMPLING)).reshape(-1) / 255
         contents[coverage > _VISIBLE_SHARE] = PATCH_CONTENTS.index(shape)
     return picture, tuple(int(content) for content in contents)
 
 
-def _fill(draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float) -> None:
+def fill_shape(draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float) -> None:
     x, y = centre
     if shape == "ring":
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=255, width=round(radius * 0.5))

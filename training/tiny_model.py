@@ -9,6 +9,7 @@ every patch what it shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,6 @@ _SAY = """
 
 FACTORS = (1, 2, 4)  # pooling windows per side: 16, 4 and 1 visual tokens
 
-_WIDTH = 64
 _WEIGHT_SCALE = 0.08
 _EMBEDDING_SCALE = 0.5
 _POSITION_SCALE = 2.0
@@ -63,9 +63,30 @@ _EARLY_MIX = ("scene", "document", "scene", "document", "collage", "document", "
 _LATE_MIX = ("scene", "collage", "scene", "document", "scene")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a tiny model; all widths are equal.
+
+    Args:
+        image_size: Side of the image, in pixels.
+        patch_size: Side of a patch, in pixels.
+        width: Hidden size of tower and language model.
+        heads: Attention heads of both.
+        vision_layers: Layers of the tower.
+        text_layers: Layers of the language model.
+    """
+
+    image_size: int = IMAGE_SIZE
+    patch_size: int = CELL
+    width: int = 64
+    heads: int = 2
+    vision_layers: int = 2
+    text_layers: int = 2
+
+
+def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of the questions and answers."""
-    words = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<image>", *vocabulary()]
+    words = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<image>", *vocabulary]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -85,14 +106,41 @@ def build_model(seed: int = 0, **fields: Any) -> tuple[AdaptiveLlavaForCondition
         seed: Of the weights.
         fields: Config fields that override the preset's, such as another `router`.
     """
+    fields = {"compressor": {"type": "average_pool", "factors": list(FACTORS)}, **fields}
+    return assemble(seed, build_tokenizer(vocabulary()), Shape(), **fields)
+
+
+def assemble(
+    seed: int, tokenizer: PreTrainedTokenizerFast, shape: Shape, **fields: Any
+) -> tuple[AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor]:
+    """An untrained model that can learn to read, and its processor.
+
+    Args:
+        seed: Of the weights.
+        tokenizer: One token per word.
+        shape: Sizes of its parts.
+        fields: Config fields on top of the `dfmr` preset's.
+    """
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    shape = {"hidden_size": _WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * _WIDTH}
-    vision = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=CELL, projection_dim=_WIDTH))
+    sizes = {
+        "hidden_size": shape.width,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": 2 * shape.width,
+    }
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            **sizes,
+            num_hidden_layers=shape.vision_layers,
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+            projection_dim=shape.width,
+        )
+    )
     text = Qwen2ForCausalLM(
         Qwen2Config(
-            **shape,
-            num_key_value_heads=shape["num_attention_heads"],
+            **sizes,
+            num_hidden_layers=shape.text_layers,
+            num_key_value_heads=shape.heads,
             vocab_size=len(tokenizer),
             initializer_range=_WEIGHT_SCALE,
             tie_word_embeddings=False,
@@ -103,19 +151,15 @@ def build_model(seed: int = 0, **fields: Any) -> tuple[AdaptiveLlavaForCondition
         )
     )
     model = AdaptiveLlavaForConditionalGeneration.from_backbones(
-        vision,
-        text,
-        preset="dfmr",
-        tokenizer=tokenizer,
-        vision_feature_layer=-1,
-        compressor={"type": "average_pool", "factors": list(FACTORS)},
-        **fields,
+        vision, text, preset="dfmr", tokenizer=tokenizer, vision_feature_layer=-1, **fields
     )
+    grid = shape.image_size // shape.patch_size
     with torch.no_grad():
         nn.init.normal_(text.get_input_embeddings().weight, std=_EMBEDDING_SCALE)
         positions = vision.get_submodule(_embeddings_name(vision)).position_embedding.weight
-        positions[1:] += _POSITION_SCALE * two_dimensional_positions(GRID, _WIDTH)
-        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        positions[1:] += _POSITION_SCALE * two_dimensional_positions(grid, shape.width)
+        projector = model.model.multi_modal_projector
+        for layer in (projector.linear_1, projector.linear_2) if hasattr(projector, "linear_1") else ():
             layer.reset_parameters()
     processor = AdaptiveLlavaProcessor.from_config(model.config, tokenizer, chat_template=_SAY + CHAT_TEMPLATE)
     return model, processor
@@ -161,12 +205,12 @@ def train_from_scratch(
         batch_size: Images per step.
         learning_rate: Peak; warmed up over the first 5 %, then a half cosine down to 5 %.
     """
-    words = _Words(processor.tokenizer)
-    patches = _LastPatches(model.model.vision_tower)
-    content_head = nn.Linear(_WIDTH, len(PATCH_CONTENTS))
+    words = Words(processor.tokenizer)
+    patches = LastPatches(model.model.vision_tower)
+    content_head = nn.Linear(model.config.vision_config.hidden_size, len(PATCH_CONTENTS))
     parameters = [*model.parameters(), *content_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step / steps))
     rng = np.random.default_rng(seed)
     model.train()
     for step in range(1, steps + 1):
@@ -176,7 +220,7 @@ def train_from_scratch(
         loss = model(
             input_ids=input_ids,
             attention_mask=(input_ids != processor.tokenizer.pad_token_id).long(),
-            pixel_values=_pixels(processor, images),
+            pixel_values=pixels_of(processor, [np.asarray(image.image) for image in images]),
             labels=labels,
             visual_token_budget=GRID**2,
         ).loss
@@ -193,15 +237,15 @@ def train_from_scratch(
     model.eval()
 
 
-def _pixels(processor: AdaptiveLlavaProcessor, images: Sequence[RenderedImage]) -> Tensor:
+def pixels_of(processor: AdaptiveLlavaProcessor, images: Sequence[np.ndarray]) -> Tensor:
     """What the processor makes of images that need no resizing, without its overhead: `(N, 3, size, size)`."""
     options = processor.image_processor
-    pixels = np.stack([np.asarray(image.image) for image in images]).astype(np.float32) / 255
+    pixels = np.stack(list(images)).astype(np.float32) / 255
     normalised = (pixels - np.float32(options.image_mean)) / np.float32(options.image_std)
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
 
 
-def _rate(progress: float) -> float:
+def rate_at(progress: float) -> float:
     """Share of the peak learning rate at a share of the training."""
     return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
 
@@ -211,7 +255,7 @@ def _embeddings_name(vision: nn.Module) -> str:
     return next(name for name, part in vision.named_modules() if hasattr(part, "position_embedding"))
 
 
-class _LastPatches:
+class LastPatches:
     """Keeps what the tower gave out last: patch features `(N, patches, dim)`, still attached to the graph."""
 
     def __init__(self, tower: nn.Module):
@@ -224,7 +268,7 @@ class _LastPatches:
         self._handle.remove()
 
 
-class _Words:
+class Words:
     """Conversations to ids, as chat template and tokenizer give them but without their overhead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):

@@ -1,0 +1,83 @@
+"""The trainings of a run, piece by piece: a base per seed, then its arms. A piece that is done is never done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from adaptive_llava.training.study.settings import Settings
+
+
+def run_pieces(settings: Settings, work: Path, workers: int, deadline: float) -> bool:
+    """Train what is not trained yet: all bases, then all arms. `False` if time was up.
+
+    Args:
+        settings: Of the run.
+        work: Folder for what pieces leave behind.
+        workers: Processes.
+        deadline: `time.time()` at which to stop.
+    """
+    from adaptive_llava.training.study.arms import arms_of
+
+    pieces = (
+        [(seed, None) for seed in settings.seeds],
+        [(s, arm.name) for s in settings.seeds for arm in arms_of(settings)],
+    )
+    for stage in pieces:
+        waiting = [piece for piece in stage if not _leaves(work, *piece).exists()]
+        if not waiting:
+            continue
+        print(f"{len(waiting)} of {len(stage)} to train: {'arms' if stage[0][1] else 'bases'}", flush=True)
+        if time.time() > deadline:
+            return False
+        if workers == 1:
+            done = [_train_piece(settings, work, deadline, *piece) for piece in waiting]
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                futures = [pool.submit(_train_piece, settings, work, deadline, *piece) for piece in waiting]
+                done = [future.result() for future in futures]
+        if not all(done):
+            return False
+    return True
+
+
+def _train_piece(settings: Settings, work: Path, deadline: float, seed: int, name: str | None) -> bool:
+    """Train the base of a seed, or one of its arms; `False` if time was up."""
+    import torch
+    import transformers
+
+    from adaptive_llava.training.study.arms import arms_of, train_arm, train_base
+    from adaptive_llava.training.study.small_model import OutOfTime
+
+    torch.set_num_threads(1)  # these matrices are too small to share among threads
+    transformers.utils.logging.set_verbosity_error()
+    folder = work / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    left = time.monotonic() + deadline - time.time()
+    if left <= time.monotonic():
+        return False
+    started = time.process_time()
+    try:
+        if name is None:
+            train_base(settings, seed, folder, left)
+        else:
+            train_arm(settings, seed, next(arm for arm in arms_of(settings) if arm.name == name), folder, left)
+    except OutOfTime:
+        return False
+    finally:
+        _add_seconds(folder / f"{name or 'base'}.seconds", time.process_time() - started)
+    print(f"seed {seed}: {name or 'base'}", flush=True)
+    return True
+
+
+def _leaves(work: Path, seed: int, name: str | None) -> Path:
+    """The file that says that a piece is done."""
+    return work / f"seed_{seed}" / ("base.pt" if name is None else f"{name}.npz")
+
+
+def _add_seconds(path: Path, seconds: float) -> None:
+    before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0
+    path.write_text(json.dumps({"cpu_seconds": before + seconds}))
