@@ -215,27 +215,33 @@ def _rungs(settings: Settings, seed: int, arm: Arm, model: Any, processor: Any) 
 
 def _classifiers(settings: Settings, seed: int, model: Any, processor: Any, arm: Arm) -> dict[str, np.ndarray]:
     """What classifiers say about the images of both splits, trained on this arm's cheapest right counts."""
-    labels = np.mean(
-        [
-            answers(model, processor, pictures_of(settings, "router", seed), seed=seed + 100 * turn)
-            for turn in range(_QUESTIONS_OF_A_LABEL)
-        ],
-        axis=0,
-    ).argmax(1)  # the cheapest of the counts that answer most
+    labels = cheapest_right_rungs(settings, seed, model, processor)
     untrained, _ = new_model(settings, seed + 500, arm.fields)
     towers = {"classifier": (model, "mean"), "classifier_cls": (model, "cls"), "untrained_tower": (untrained, "mean")}
     found: dict[str, np.ndarray] = {}
     for name, (reader, features) in towers.items():
         router = ClassifierRouter(settings.width, model.model.compressor, features=features)
-        values = _read(settings, reader, processor, seed, "router")[features]
-        parts = split_images(labels, validation=0.2, holdout=0.0, seed=seed)
-        fit_router(
-            router, values[parts["train"]], labels[parts["train"]], values[parts["validation"]],
-            labels[parts["validation"]], balanced=False, seed=seed,
-        )  # fmt: skip
+        train_classifier(router, settings, seed, reader, processor, labels)
         for split in SPLITS:
             found[f"{name}_{split}"] = _router_says(router, _read(settings, reader, processor, seed, split))
     return found
+
+
+def cheapest_right_rungs(settings: Settings, seed: int, model: Any, processor: Any) -> np.ndarray:
+    """Of the rungs that answer most of a router picture's questions, the lowest, `(N,)`."""
+    pictures = pictures_of(settings, "router", seed)
+    turns = range(_QUESTIONS_OF_A_LABEL)
+    return np.mean([answers(model, processor, pictures, seed=seed + 100 * turn) for turn in turns], axis=0).argmax(1)
+
+
+def train_classifier(
+    router: ClassifierRouter, settings: Settings, seed: int, reader: Any, processor: Any, labels: np.ndarray
+) -> None:
+    """Train a classifier in place, on what it reads of the router pictures through a model's tower."""
+    values = _read(settings, reader, processor, seed, "router")[router.features]
+    parts = split_images(labels, validation=0.2, holdout=0.0, seed=seed)
+    train, stop = parts["train"], parts["validation"]
+    fit_router(router, values[train], labels[train], values[stop], labels[stop], balanced=False, seed=seed)
 
 
 def _statistics(settings: Settings, seed: int, model: Any, processor: Any) -> dict[str, np.ndarray]:

@@ -37,20 +37,27 @@ def by_value(calibration: np.ndarray, test: np.ndarray, counts: Sequence[int], t
         counts: Tokens of each rung.
         target: Wanted mean count.
     """
-    prices = np.asarray(counts) / counts[-1]
+    return (test - price_for(calibration, counts, target) * shares_of_largest(counts)).argmax(1)
 
-    def choice(values: np.ndarray, price: float) -> np.ndarray:
-        return (values - price * prices).argmax(1)
+
+def price_for(values: np.ndarray, counts: Sequence[int], target: float) -> float:
+    """Price of the largest count at which images of these values `(M, R)` get nearest to a mean of `target` tokens."""
+    counted, shares = np.asarray(counts), shares_of_largest(counts)
 
     def mean(price: float) -> float:
-        return float(np.asarray(counts)[choice(calibration, price)].mean())
+        return float(counted[(values - price * shares).argmax(1)].mean())
 
-    span = float(np.ptp(calibration)) / (prices[1] - prices[0]) + 1
+    span = float(np.ptp(values)) / (shares[1] - shares[0]) + 1
     low, high = -span, span  # at which everything gets the largest and the smallest count
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) > target else (low, middle)
-    return choice(test, min((low, high), key=lambda price: abs(mean(price) - target)))
+    return min((low, high), key=lambda price: abs(mean(price) - target))
+
+
+def shares_of_largest(counts: Sequence[int]) -> np.ndarray:
+    """Each count as a share of the largest."""
+    return np.asarray(counts) / counts[-1]
 
 
 def oracle(right: np.ndarray) -> np.ndarray:
