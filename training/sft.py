@@ -7,10 +7,16 @@ Every option of TRL's `SFTConfig` and `ModelConfig` may stand in the recipe or o
 adapts the linear layers of the language model (`--lora_target_modules all-linear`); the projector, pre-fusion and what
 a compressor or router learns are trained in full beside it; the vision tower stays frozen unless
 `--freeze_vision_tower false`.
-`--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--resume_from_checkpoint last`
-goes on from the newest checkpoint in `output_dir`. `--threshold_schedule learning_rate` shows each image at varying
-counts (DFMR as data augmentation, see `threshold_schedule.py`). `--projector_learning_rate` and its like give a part a
-rate of its own (see `part_learning_rates.py`). bf16 and tf32 are on where the machine has them.
+`--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--threshold_schedule
+learning_rate` shows each image at varying counts (DFMR as data augmentation, see `threshold_schedule.py`).
+`--projector_learning_rate` and its like give a part a rate of its own (see `part_learning_rates.py`). bf16 and tf32
+are on where the machine has them.
+
+`--resume_from_checkpoint last` goes on from the newest whole checkpoint in `output_dir`, and starts where there is
+none. With it in the command from the start, the same command starts a run and, after a kill, ends it with the weights
+of an unbroken one: data order, random numbers, schedule and optimizer come from the checkpoint. Without it, a folder
+that holds checkpoints is refused. A full disk or a loss that is not finite ends the run with status 1 and a message
+(see `whole_checkpoints.py`).
 
 A dataset is a Hub id, a folder, or a parquet or json file with `images` and either `messages`, or `prompt` and
 `completion`. Loss: all text, the completion alone (the default for `prompt` and `completion`), or what the assistant
@@ -62,7 +68,9 @@ from adaptive_llava.training.lora_targets import (
 )
 from adaptive_llava.training.merge import merge_adapter
 from adaptive_llava.training.part_learning_rates import PARTS, PartRatesTrainer
+from adaptive_llava.training.resume_point import resume_point
 from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
+from adaptive_llava.training.whole_checkpoints import TrainingStopped
 
 
 logger = logging.get_logger(__name__)
@@ -127,6 +135,7 @@ def parse_arguments(
     kinds: Any = (SftArguments, config_class, ModelConfig)
     parser = TrlParser(kinds, prog=f"python -m adaptive_llava.training.{command}")
     parser.set_defaults(max_length=None)  # a limit would cut placeholders off
+    parser.set_defaults(logging_nan_inf_filter=False)  # it hides what ends a run, and waits for the device to do so
     if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         parser.set_defaults(bf16=False)
     if is_torch_tf32_available():
@@ -334,8 +343,10 @@ def fine_tune(
 
     Raises:
         ValueError: Arguments that are missing or do not go together.
+        SystemExit: Training stopped, with the reason as its message.
     """
     check_arguments(script, training, model_arguments)
+    resume = resume_point(str(training.output_dir), training.resume_from_checkpoint)
     name, revision = str(model_arguments.model_name_or_path), model_arguments.model_revision
     dataset_name = str(script.dataset_name)
     data: dict[str, Any] = {"config": script.dataset_config, "streaming": script.dataset_streaming}
@@ -364,13 +375,17 @@ def fine_tune(
         threshold_schedule=script.threshold_schedule,
         learning_rates=script.learning_rates,
     )
-    resume = training.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true") else resume)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
-    if eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+    if resume is not None:
+        trainer.accelerator.print(f"Goes on from {resume}")
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", result.metrics)
+        if eval_dataset is not None:
+            trainer.save_metrics("eval", trainer.evaluate())
+    except TrainingStopped as stopped:
+        raise SystemExit(str(stopped)) from stopped
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.print(f"Saved {training.output_dir}")
     if training.push_to_hub:  # before the merged model stands in the folder
