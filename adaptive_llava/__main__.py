@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from adaptive_llava.training.whole_folder import NotWritten
+
 
 COMMANDS = {
     "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotWritten) as error:
         print(f"python -m adaptive_llava {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
 

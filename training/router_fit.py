@@ -8,6 +8,7 @@ and temperature are folded into the weights, so that the router reads features a
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,9 @@ def fit_router(
         epochs: Most epochs.
         patience: Epochs without a better validation loss after which the training stops.
         seed: Seed of the start and of the order.
+
+    Raises:
+        ValueError: The loss is NaN or infinite; `router` is as it was.
     """
     network = copy.deepcopy(router).float().cpu().requires_grad_(True).train()
     with torch.random.fork_rng(devices=[]):
@@ -115,6 +119,11 @@ def fit_router(
             optimizer.step()
         with torch.no_grad():
             unseen_loss = F.cross_entropy(network.logits(unseen), unseen_targets, weight=weights).item()
+        if not math.isfinite(unseen_loss):
+            raise ValueError(
+                f"`learning_rate={learning_rate}`: after epoch {epoch} the router's loss on validation images is "
+                f"{unseen_loss}. Nothing was written. Pass a smaller rate; 1e-3 is the default."
+            )
         if unseen_loss < best_loss:
             best_loss, best_epoch, best = unseen_loss, epoch, copy.deepcopy(network.state_dict())
         elif epoch - best_epoch >= patience:

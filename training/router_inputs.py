@@ -2,7 +2,8 @@
 
 The file is named after all that the values depend on: the tower's weights, the image processor and the router's
 inputs. Inside, each row belongs to the digest of one decoded image. So another model gets another file, a changed
-image is computed anew, and an image that lies in two places is known.
+image is computed anew, and an image that lies in two places is known. The file is also written in the midst of a
+source, each time that computing has taken 20 times as long as writing, so that a killed run loses little.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ from torch import nn
 
 from adaptive_llava.modeling.router_classifier import ClassifierRouter
 from adaptive_llava.training.image_source import ImageSource
+from adaptive_llava.training.whole_folder import tell_what_is_not_written
+
+
+_WRITING_SHARE = 0.05  # of the time, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class RouterInputs:
         self.path = cache / f"{_fingerprint(self.model, router, processor)}.safetensors"
         self.computed = 0
         self._rows = _stored(self.path)
+        self._next_store = 0.0  # as `time.monotonic` tells it
 
     def read(self, source: ImageSource, label: str) -> SourceInputs:
         """Inputs of all images of a source; new ones are computed and stored.
@@ -84,7 +91,7 @@ class RouterInputs:
 
         names, digests = [], []
         waiting: dict[str, Image.Image] = {}
-        before = self.computed
+        stored = self.computed
         for name, image in tqdm(source, total=source.count, desc=label, unit="image"):
             digest = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
             names.append(name)
@@ -94,9 +101,12 @@ class RouterInputs:
             if len(waiting) == self.batch_size:
                 self._compute(waiting)
                 waiting = {}
+                if time.monotonic() >= self._next_store:
+                    self._store()
+                    stored = self.computed
         if waiting:
             self._compute(waiting)
-        if self.computed > before:
+        if self.computed > stored:
             self._store()
         values = [self._rows[digest] for digest in digests]
         return SourceInputs(names, digests, np.stack(values) if values else np.zeros((0, self.router.input_dim)))
@@ -113,11 +123,18 @@ class RouterInputs:
         self.computed += len(images)
 
     def _store(self) -> None:
+        start = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".partial-{os.getpid()}")
         digests = np.array([list(bytes.fromhex(digest)) for digest in self._rows], dtype=np.uint8)
-        save_file({"digests": digests, "values": np.stack(list(self._rows.values()))}, partial)
-        os.replace(partial, self.path)
+        try:
+            with tell_what_is_not_written(self.path, self.path.parent):
+                save_file({"digests": digests, "values": np.stack(list(self._rows.values()))}, partial)
+                os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        end = time.monotonic()
+        self._next_store = end + (end - start) / _WRITING_SHARE
 
 
 def _stored(path: Path) -> dict[str, np.ndarray]:

@@ -17,18 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import trainer_utils
 from trl import SFTTrainer
 
 from adaptive_llava.training.finite_training import FirstSpoiledStep, all_finite
 from adaptive_llava.training.resume_point import UNFINISHED, newest_whole
-from adaptive_llava.training.whole_folder import move_into, replace_folder
-
-
-# Of torch's own words for a file that could not be written, which it has no class for.
-_TORCH_WRITES = ("PytorchStreamWriter", "inline_container")
+from adaptive_llava.training.whole_folder import NotWritten, move_into, replace_folder, tell_what_is_not_written
 
 
 class TrainingStopped(RuntimeError):
@@ -133,13 +128,10 @@ class WholeCheckpointTrainer(SFTTrainer):
             shutil.rmtree(stage, ignore_errors=True)  # a killed run's
         self.accelerator.wait_for_everyone()
         try:
-            if self.args.should_save:
-                stage.mkdir(parents=True, exist_ok=True)
-            yield stage
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITES):
-                raise
-            raise TrainingStopped(self._not_written(folder, name, error)) from error
+            with self._told(Path(folder, name)):
+                if self.args.should_save:
+                    stage.mkdir(parents=True, exist_ok=True)
+                yield stage
         finally:
             if self.args.should_save:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -153,15 +145,14 @@ class WholeCheckpointTrainer(SFTTrainer):
         final = str(self.args.output_dir)
         stage = Path(final, UNFINISHED, "files")
         try:
-            stage.mkdir(parents=True, exist_ok=True)
-            for name in kept:
-                if Path(final, name).is_file():
-                    shutil.copy(Path(final, name), stage / name)
-            self.args.output_dir = str(stage)
-            yield
-            move_into(stage, Path(final))
-        except OSError as error:
-            raise TrainingStopped(self._not_written(final, "the record of the run", error)) from error
+            with self._told(Path(final, "the run's record")):
+                stage.mkdir(parents=True, exist_ok=True)
+                for name in kept:
+                    if Path(final, name).is_file():
+                        shutil.copy(Path(final, name), stage / name)
+                self.args.output_dir = str(stage)
+                yield
+                move_into(stage, Path(final))
         finally:
             self.args.output_dir = final
             shutil.rmtree(stage, ignore_errors=True)
@@ -181,22 +172,24 @@ class WholeCheckpointTrainer(SFTTrainer):
 
     def _not_finite(self, step: int, what: str) -> str:
         return (
-            f"Training stopped: at step {step} {what} became NaN or infinite, and nothing was saved since. "
-            f"{self._left()} The same command would come to the same step. If a row of the data is the cause, mend it "
-            "and go on with --resume_from_checkpoint last; if the learning rate is "
-            f"(`learning_rate={self.args.learning_rate}`), start again with a smaller one in another `output_dir`, "
+            f"Training stopped at step {step}: {what} became NaN or infinite. Nothing was saved since. {self._left()} "
+            "The same command would come to the same step. If a row of the data is the cause, mend it first; if "
+            f"`learning_rate={self.args.learning_rate}` is, start again with a smaller one in another `output_dir`, "
             "since a checkpoint keeps its rate."
         )
 
-    def _not_written(self, folder: str, name: str, error: Exception) -> str:
-        free = shutil.disk_usage(folder).free
-        reason = str(error).strip().split("\n")[0]
-        return (
-            f"Training stopped: at step {self.state.global_step} {name} could not be written to {folder}: {reason} "
-            f"({free / 1e6:.1f} MB are free there). Nothing half-written is left. {self._left()} Make room, and run "
-            "the same command with --resume_from_checkpoint last."
-        )
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        try:
+            with tell_what_is_not_written(path, self.args.output_dir):
+                yield
+        except NotWritten as error:
+            raise TrainingStopped(
+                f"Training stopped at step {self.state.global_step}: {error} {self._left()}"
+            ) from error
 
     def _left(self) -> str:
         newest = newest_whole(str(self.args.output_dir))
-        return "There is no checkpoint yet." if newest is None else f"The last good checkpoint is {newest}."
+        if newest is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is {newest}; --resume_from_checkpoint last goes on from it."

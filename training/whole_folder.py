@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,9 +10,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 # What says that a folder is a model or an adapter; without it nothing loads the folder.
 _ENTRIES = ("config.json", "adapter_config.json")
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")  # it has no class for it
+
+
+class NotWritten(OSError):
+    """A file could not be written; the message names the folder, the reason and the room that is left."""
+
+
+@contextmanager
+def tell_what_is_not_written(name: str | os.PathLike, folder: str | os.PathLike) -> Iterator[None]:
+    """Turn what torch, safetensors and the system say of a full disk into one sentence.
+
+    Args:
+        name: What is being written in the block.
+        folder: On the same file system.
+
+    Raises:
+        NotWritten: There was no room.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if isinstance(error, RuntimeError):
+            no_room = any(part in reason for part in _TORCH_WRITES)
+            reason = f"torch could not write a file, as on a full disk ({reason})"
+        elif isinstance(error, SafetensorError):
+            no_room = "serializing" in reason and "deserializing" not in reason
+        else:
+            no_room = error.errno in _NO_ROOM
+        if not no_room:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise NotWritten(
+            f"{name} could not be written: {reason} ({free:.1f} MB are free there). Nothing half-written is left under "
+            "its name. Make room, or lift the limit, and run the same command again."
+        ) from error
 
 
 def check_free(target: str | os.PathLike) -> Path:
@@ -34,19 +75,21 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         ValueError: `target` is a file or a folder with something in it.
+        NotWritten: There was no room.
     """
     path = check_free(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # mkdtemp gives it to its owner alone
-        sync_folder(partial)
-        os.replace(partial, path)
-        sync_names(path.parent)
+        with tell_what_is_not_written(path, path.parent):
+            yield partial
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)  # mkdtemp gives it to its owner alone
+            sync_folder(partial)
+            os.replace(partial, path)
+            sync_names(path.parent)
         for other in path.parent.iterdir():  # they can only fail now, since the name is taken
             if other.name.startswith(prefix):
                 shutil.rmtree(other, ignore_errors=True)
