@@ -1,7 +1,7 @@
 """Runs that are killed, or run out of disk or of finite numbers: what is left is whole, and they end as if unbroken.
 
-Every run is a process of its own, and SIGKILL is real: from outside after a random step, or from inside before a random
-one of its changes to the disk. Processes are forked from one that has imported the trainers and done nothing else.
+Every run is a process of its own, and SIGKILL is real: from outside after a random step, or from inside before a
+random one of its changes to the disk. Processes are forked from one that has imported the trainers and done nothing.
 `ADAPTIVE_LLAVA_KILL_SEED` repeats the choices of a run of the tests, which print theirs.
 """
 
@@ -78,7 +78,8 @@ def work(module, arguments, log, folder, kill_at):
 class Run:
     """A process that runs a command, and its log."""
 
-    def __init__(self, module, arguments, folder, *, kill_at=None):
+    def __init__(self, command, folder, *, kill_at=None):
+        module, arguments = command
         self.log = Path(f"{folder}.log")
         self.log.write_text("")
         self.process = _FORK.Process(target=work, args=(module, arguments, self.log, folder, kill_at))
@@ -155,7 +156,7 @@ def assert_nothing_is_half_written(output):
 def test_a_run_that_is_killed_twice_ends_bit_for_bit_as_an_unbroken_one(name, inputs, tmp_path):
     seed = int(os.environ.get("ADAPTIVE_LLAVA_KILL_SEED") or random.SystemRandom().randrange(10**6))
     chance = random.Random(seed)
-    unbroken = Run(*command(name, inputs, tmp_path / "unbroken"), tmp_path / "unbroken")
+    unbroken = Run(command(name, inputs, tmp_path / "unbroken"), tmp_path / "unbroken")
     assert unbroken.end() == 0, unbroken.said[-3000:]
     changes = int(unbroken.said.rsplit("changes: ", 1)[1])
     saves = -(-STEPS // EVERY) + 1
@@ -163,17 +164,17 @@ def test_a_run_that_is_killed_twice_ends_bit_for_bit_as_an_unbroken_one(name, in
     print(f"seed {seed}: killed after step {step}, and before change {change} to the disk of the resumed run")
 
     output = tmp_path / "killed"
-    first = Run(*command(name, inputs, output), output)
+    first = Run(command(name, inputs, output), output)
     first.wait_until(lambda: first.said.count("'loss'") >= step)
     first.kill()
     assert_nothing_is_half_written(output)
     assert not loadable(output)
     newest = newest_whole(output)
-    second = Run(*command(name, inputs, output), output, kill_at=change)
+    second = Run(command(name, inputs, output), output, kill_at=change)
     assert second.end() == -signal.SIGKILL, second.said[-3000:]
     assert newest is None or f"Goes on from {newest}" in second.said
     assert_nothing_is_half_written(output)
-    third = Run(*command(name, inputs, output), output)
+    third = Run(command(name, inputs, output), output)
     assert third.end() == 0, third.said[-3000:]
 
     expected, weights = final_weights(tmp_path / "unbroken"), final_weights(output)
@@ -197,7 +198,7 @@ def test_a_run_that_is_killed_twice_ends_bit_for_bit_as_an_unbroken_one(name, in
 def finished(inputs, tmp_path_factory):
     """The folder of a run with checkpoints 4, 6 and 7."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    run = Run(*command("lora", inputs, output, "--save_total_limit", "3"), output)
+    run = Run(command("lora", inputs, output, "--save_total_limit", "3"), output)
     assert run.end() == 0, run.said[-3000:]
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
     return output
@@ -231,7 +232,7 @@ def test_a_checkpoint_without_weights_optimizer_or_folder_is_none(finished, tmp_
     assert checkpoint_fault(output / "checkpoint-5") == "there is no such folder"
 
 
-def test_a_shard_that_the_index_names_must_be_there(inputs, finished, tmp_path):
+def test_a_shard_that_the_index_names_must_be_there(finished, tmp_path):
     folder = shutil.copytree(finished / "checkpoint-7", tmp_path / "checkpoint-7")
     (folder / "adapter_model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -311,14 +312,14 @@ def assert_stopped(run_said, output, step, last):
 
 def test_a_limit_on_files_stops_a_run_which_goes_on_where_there_is_room(inputs, tmp_path):
     output = tmp_path / "out"
-    run = Run(*command("random counts", inputs, output), output)
+    run = Run(command("random counts", inputs, output), output)
     run.wait_until(lambda: (output / "checkpoint-2").is_dir())
     size = (output / "checkpoint-2" / "model.safetensors").stat().st_size
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     assert run.end() == 1
     message = assert_stopped(run.said, output, 4, output / "checkpoint-2")
     assert "checkpoint-4 could not be written" in message and "File too large" in message and "Make room" in message
-    again = Run(*command("random counts", inputs, output), output)
+    again = Run(command("random counts", inputs, output), output)
     assert again.end() == 0, again.said[-3000:]
     assert f"Goes on from {output / 'checkpoint-2'}" in again.said
 
@@ -357,7 +358,7 @@ def test_numbers_that_are_not_finite_stop_a_run_before_they_are_saved(name, rate
     output = tmp_path / "out"
     # the rate rises from 0, so that the first step's checkpoint is good; nothing is logged before the end
     more = ["--learning_rate", rate, "--save_steps", 1, "--logging_steps", 100, "--max_grad_norm", 0]
-    run = Run(*command(name, inputs, output, *more), output)
+    run = Run(command(name, inputs, output, *more), output)
     assert run.end() == 1, run.said[-3000:]
     good = newest_whole(output)
     step = 2 if rate == "1e39" else 3
@@ -382,7 +383,7 @@ def test_a_router_training_that_is_killed_among_its_images_goes_on_from_those_it
     def start(name, *more):
         arguments = ["--model", model, "--output", tmp_path / name, "--cache", tmp_path / f"{name}-cache"]
         arguments += ["--positive", tmp_path / "document", "--negative", tmp_path / "scene", "--batch-size", 2, *more]
-        return Run("train_router", [str(argument) for argument in arguments], tmp_path / name)
+        return Run(("train_router", [str(argument) for argument in arguments]), tmp_path / name)
 
     unbroken = start("unbroken")
     assert unbroken.end() == 0, unbroken.said[-3000:]

@@ -50,8 +50,8 @@ def tell_what_is_not_written(name: str | os.PathLike, folder: str | os.PathLike)
             raise
         free = shutil.disk_usage(folder).free / 1e6
         raise NotWritten(
-            f"{name} could not be written: {reason} ({free:.1f} MB are free there). Nothing half-written is left under "
-            "its name. Make room, or lift the limit, and run the same command again."
+            f"{name} could not be written: {reason} ({free:.1f} MB are free there). Nothing half-written is left "
+            "under its name. Make room, or lift the limit, and run the same command again."
         ) from error
 
 
