@@ -48,7 +48,7 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmt
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
-    [f"adaptive_llava.training.{name}" for name in ("sft", "pretrain", "joint_routing", "train_router")]
+    [f"adaptive_llava.training.{name}" for name in ("sft", "pretrain", "joint_routing", "train_router")] + [__name__]
 )
 
 
@@ -248,6 +248,23 @@ def test_a_new_run_in_the_folder_of_another_is_refused_and_one_without_checkpoin
     assert resume_point(tmp_path, None) is None
     assert resume_point(tmp_path / "absent", "last") is None
     assert resume_point(finished, str(finished / "checkpoint-4")) == str(finished / "checkpoint-4")
+
+
+def test_the_best_checkpoint_is_kept_under_its_own_name_and_loaded_at_the_end(inputs, tmp_path):
+    output = tmp_path / "out"
+    more = ["--eval_strategy", "steps", "--eval_steps", 2, "--eval_dataset_name", inputs["lora"][1], "--max_steps", 4]
+    more += ["--dataset_test_split", "train", "--load_best_model_at_end", "true", "--save_total_limit", 1]
+    more += ["--metric_for_best_model", "num_tokens", "--greater_is_better", "false"]  # which only grows
+    run = Run(command("lora", inputs, output, *more), output)
+    assert run.end() == 0, run.said[-3000:]
+    state = json.loads((output / "trainer_state.json").read_text())
+    # the newest stays beside the best, to go on from
+    assert state["best_model_checkpoint"] == str(output / "checkpoint-2")
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    saved = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(output / "checkpoint-2")
+    best, final = final_weights(output / "checkpoint-2"), final_weights(output)
+    assert all(torch.equal(value, final[key]) for key, value in best.items())
 
 
 def write_model(folder, text):
