@@ -21,7 +21,16 @@ from adaptive_llava.modeling.placeholder_layout import build_layout
 from adaptive_llava.modeling.preset_table import PRESET_ALIASES
 from adaptive_llava.modeling.router_registry import ROUTERS
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
-from tests.conftest import IMAGE_TOKEN, PRESETS_HERE, TINY_COMPRESSORS, TINY_ROUTERS, tiny_images, tiny_model
+from adaptive_llava.training.packing import PackingCollator
+from tests.conftest import (
+    IMAGE_TOKEN,
+    PRESETS_HERE,
+    TINY_COMPRESSORS,
+    TINY_ROUTERS,
+    batch_rows,
+    tiny_images,
+    tiny_model,
+)
 from tests.fresh_process import run_without_package
 from tests.test_placeholder_generation import NEW, RAW, answers, check_logits, gold_rows, inputs_of
 
@@ -111,6 +120,22 @@ def test_every_trainable_part_gets_a_gradient_over_the_replayed_rungs(name):
             if parameter_name.endswith("k_proj.bias"):  # softmax does not see it
                 continue
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"{part}.{parameter_name}"
+
+
+@every_system
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(name):
+    model = build(name).train()
+    ids, mask = batch_rows([[5, IMAGE_TOKEN, 6, 7, IMAGE_TOKEN, 8], [9, 10, 11], [4, IMAGE_TOKEN, 12, 13]], "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100  # prompts, which pre-fusion takes in
+    padded = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": tiny_images(3)}
+    found = []
+    for batch in (padded, PackingCollator(lambda _: padded)([])):
+        model.zero_grad()
+        loss = model(**batch, visual_rungs=[0, len(model.config.visual_token_counts) - 1, 0]).loss
+        loss.backward()
+        found.append([loss.detach(), *(value.grad for value in model.parameters() if value.grad is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 @every_system

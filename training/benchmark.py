@@ -273,15 +273,22 @@ def _progress_line(name: str, pairs: int) -> Callable[[int], None]:
     return lambda done: print(f"\r\033[K{name}: pair {done} of at most {pairs}", end="", flush=True)
 
 
-def _provenance(options: argparse.Namespace) -> dict:
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+def provenance(command: str, *, device: str, threads: int) -> dict:
+    """What a result file says of where its numbers come from."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
-        "command": "python -m adaptive_llava.training.benchmark " + " ".join(options.command),
+        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": options.threads, "gpu": gpu},
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": threads, "gpu": gpu},
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
-        **{name: getattr(options, name) for name in ("shape", "device", "dtype", "pairs")},
+    }
+
+
+def _provenance(options: argparse.Namespace) -> dict:
+    command = "python -m adaptive_llava.training.benchmark " + " ".join(options.command)
+    return provenance(command, device=options.device, threads=options.threads) | {
+        name: getattr(options, name) for name in ("shape", "device", "dtype", "pairs")
     }
 
 

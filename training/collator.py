@@ -53,14 +53,13 @@ class ConversationCollator:
         self.plain_captions = plain_captions
         tokenizer = processor.tokenizer
         ids = tokenizer("a")["input_ids"]
-        self._bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+        self.bos_token_id = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        read = read_caption if self.plain_captions else self._read_with_eos
-        batch = self.collate([read(example) for example in examples])
-        if self._bos is not None and not (batch["input_ids"][:, 0] == self._bos).all():
+        batch = self.collate([self.read(example) for example in examples])
+        if self.bos_token_id is not None and not (batch["input_ids"][:, 0] == self.bos_token_id).all():
             for name, value in {
-                "input_ids": self._bos,
+                "input_ids": self.bos_token_id,
                 "attention_mask": 1,
                 "labels": -100,
                 "completion_mask": 0,
@@ -83,7 +82,10 @@ class ConversationCollator:
             batch["visual_token_budget"] = self.visual_token_budget
         return batch
 
-    def _read_with_eos(self, row: dict[str, Any]) -> dict[str, Any]:
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the dataset as TRL's collator gets it."""
+        if self.plain_captions:
+            return read_caption(row)
         example, eos = read_example(row), self.processor.tokenizer.eos_token
         for name in ("completion", "chosen", "rejected"):
             answer = example.get(name)

@@ -38,6 +38,7 @@ from trl import SFTConfig, SFTTrainer
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.training.conversation_data import Rows
+from adaptive_llava.training.dense_batches import groups_by_length
 from adaptive_llava.training.every_rung_forward import EveryRungOutput, add_every_rung_forward
 from adaptive_llava.training.part_learning_rates import PartRatesTrainer
 from adaptive_llava.training.sft import build_trainer, fine_tune, parse_arguments
@@ -243,12 +244,22 @@ def build_joint_trainer(
     """`sft.build_trainer` with a `JointRoutingTrainer`, and the router among what is trained.
 
     Raises:
-        ValueError: As `check_model` and `build_trainer`, or a fixed `visual_token_budget`.
+        ValueError: As `check_model` and `build_trainer`; a fixed `visual_token_budget`; batches that are packed or
+            grouped by length.
     """
     if options.get("visual_token_budget") is not None:
         raise ValueError(
             f"`visual_token_budget={options['visual_token_budget']}` fixes the token count, and joint routing trains "
             "at every count. Leave it out."
+        )
+    if options.get("pack_batches"):
+        raise ValueError(
+            "`pack_batches=True` puts many rows into one, and joint routing weighs the loss of each row. Leave it out."
+        )
+    if groups_by_length(training):
+        raise ValueError(
+            "Rows are to be grouped by length, but joint routing shows every row at every token count. Leave "
+            "`group_by_length` out."
         )
     check_model(model, training)
     model.model.router.requires_grad_(True)

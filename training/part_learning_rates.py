@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
-from adaptive_llava.training.whole_checkpoints import WholeCheckpointTrainer
+from adaptive_llava.training.dense_batches import DenseBatchTrainer
 
 
 # What an option `<name>_learning_rate` names, and the module that it is.
@@ -41,8 +41,8 @@ def part_of(parameter_name: str) -> str | None:
     return None if module is None else _NAMES.get(module)
 
 
-class PartRatesTrainer(WholeCheckpointTrainer):
-    """A trainer whose parts may have learning rates of their own; takes the arguments of `SFTTrainer`.
+class PartRatesTrainer(DenseBatchTrainer):
+    """`SFTTrainer` whose parts may have learning rates of their own; takes the arguments of `DenseBatchTrainer`.
 
     All rates follow the same schedule. The log shows that of `learning_rate`.
 

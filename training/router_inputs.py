@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,11 @@ class SourceInputs:
     values: np.ndarray
 
 
-def default_cache() -> Path:
-    """Folder for the files if none is named: beside the Hub's own cache."""
+def default_cache(kind: str = "router_inputs") -> Path:
+    """Folder for the files of a kind if none is named: beside the Hub's own cache."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "adaptive_llava" / "router_inputs"
+    return Path(HF_HOME) / "adaptive_llava" / kind
 
 
 class RouterInputs:
@@ -146,7 +146,6 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(model: Any, router: ClassifierRouter, processor: Any) -> str:
-    digest = hashlib.sha256()
     settings = {
         "image_processor": processor.image_processor.to_dict(),
         "vision_config": model.config.vision_config.to_dict(),
@@ -156,8 +155,14 @@ def _fingerprint(model: Any, router: ClassifierRouter, processor: Any) -> str:
         "features": router.features,
         "blocks": router.blocks,
     }
+    return fingerprint(settings, model.vision_tower, model.multi_block_fusion)
+
+
+def fingerprint(settings: Mapping[str, Any], *parts: nn.Module | None) -> str:
+    """A name for a file of values that depend on these settings and on the weights of these parts."""
+    digest = hashlib.sha256()
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in _tensors(model.vision_tower, model.multi_block_fusion):
+    for name, tensor in _tensors(*parts):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -9,8 +9,9 @@ a compressor or router learns are trained in full beside it; the vision tower st
 `--freeze_vision_tower false`.
 `--merge` also writes `<output_dir>/merged`, a full model that loads as remote code. `--threshold_schedule
 learning_rate` shows each image at varying counts (DFMR as data augmentation, see `threshold_schedule.py`).
-`--projector_learning_rate` and its like give a part a rate of its own (see `part_learning_rates.py`). bf16 and tf32
-are on where the machine has them.
+`--projector_learning_rate` and its like give a part a rate of its own (see `part_learning_rates.py`). Against padding:
+`--train_sampling_strategy group_by_length`, or `--pack_batches true` (see `dense_batches.py`). bf16 and tf32 are on
+where the machine has them.
 
 `--resume_from_checkpoint last` goes on from the newest whole checkpoint in `output_dir`, and starts where there is
 none. With it in the command from the start, the same command starts a run and, after a kill, ends it with the weights
@@ -98,6 +99,7 @@ class SftArguments(ScriptArguments):
         projector_learning_rate: Of the projector.
         prefusion_learning_rate: Of the modality pre-fusion.
         router_learning_rate: Of the router, if it is trained.
+        pack_batches: Train on the rows of a batch one behind another, without padding.
     """
 
     eval_dataset_name: str | None = field(
@@ -120,6 +122,7 @@ class SftArguments(ScriptArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the projector."})
     prefusion_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of pre-fusion."})
     router_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the router."})
+    pack_batches: bool = field(default=False, metadata={"help": "Put the rows of a batch into one, unpadded."})
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -217,6 +220,7 @@ def build_trainer(
     learning_rates: Mapping[str, float] | None = None,
     train_only_visual_parts: bool = False,
     plain_captions: bool = False,
+    pack_batches: bool = False,
     trainer_class: type[SFTTrainer] = PartRatesTrainer,
 ) -> SFTTrainer:
     """TRL's `SFTTrainer` with this package's LoRA targets, frozen parts and collator.
@@ -238,6 +242,7 @@ def build_trainer(
         train_only_visual_parts: Freeze the language model too: projector, compressor, multi-block fusion and
             pre-fusion are trained alone.
         plain_captions: Rows are one caption each, in the plain format of pretraining.
+        pack_batches: Train on packed batches; see `dense_batches.py`.
         trainer_class: `PartRatesTrainer`, or one derived from it.
 
     Raises:
@@ -277,7 +282,7 @@ def build_trainer(
         peft_config.modules_to_save = [*own, *(peft_config.modules_to_save or [])] or None
     elif not train_vision_tower:
         freeze_vision_tower(model)
-    rates: dict[str, Any] = {"learning_rates": learning_rates} if learning_rates else {}
+    own_options: dict[str, Any] = {"learning_rates": learning_rates, "pack_batches": pack_batches}
     trainer = trainer_class(
         model=model,
         args=training,
@@ -286,7 +291,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
         callbacks=None if schedule is None else [schedule],
-        **rates,
+        **own_options,
     )
     trainer.data_collator = ConversationCollator(
         trainer.data_collator,
@@ -374,6 +379,7 @@ def fine_tune(
         visual_token_budget=script.visual_token_budget,
         threshold_schedule=script.threshold_schedule,
         learning_rates=script.learning_rates,
+        pack_batches=script.pack_batches,
     )
     if resume is not None:
         trainer.accelerator.print(f"Goes on from {resume}")
@@ -387,6 +393,8 @@ def fine_tune(
     except TrainingStopped as stopped:
         raise SystemExit(str(stopped)) from stopped
     trainer.accelerator.wait_for_everyone()
+    padding = result.metrics["train_padding_share"]
+    trainer.accelerator.print(f"Padding was {padding:.1%} of what the language model computed.")
     trainer.accelerator.print(f"Saved {training.output_dir}")
     if training.push_to_hub:  # before the merged model stands in the folder
         trainer.push_to_hub(dataset_name=script.dataset_name)

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from adaptive_llava.modeling.option_schema import option_names
 from adaptive_llava.modeling.router_registry import ROUTERS
+from adaptive_llava.training.padding_share import inner_model
 
 
 FOLLOWS = ("learning_rate",)
@@ -74,10 +75,7 @@ def routed_by_thresholds(model: nn.Module) -> Any:
     Raises:
         ValueError: It has no thresholds; the routers that have some are named.
     """
-    routers = (
-        part.router for part in model.modules() if hasattr(part, "extract_features") and hasattr(part, "router")
-    )
-    router: Any = next(routers, None)
+    router: Any = inner_model(model).router
     if not getattr(router, "thresholds", ()):
         known = sorted(name for name, router_class in ROUTERS.items() if "thresholds" in option_names(router_class))
         raise ValueError(
