@@ -8,6 +8,7 @@ every patch what it shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -247,7 +248,7 @@ def pixels_of(processor: AdaptiveLlavaProcessor, images: Sequence[np.ndarray]) -
 
 def rate_at(progress: float) -> float:
     """Share of the peak learning rate at a share of the training."""
-    return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
+    return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def _embeddings_name(vision: nn.Module) -> str:
