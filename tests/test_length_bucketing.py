@@ -190,3 +190,10 @@ def test_rows_whose_length_is_not_known_beforehand_are_refused(tmp_path):
         build_joint_trainer(
             model, tiny_processor(model), test_joint_routing.configuration(tmp_path, **GROUP_BY_LENGTH), mixed_rows(4)
         )
+
+
+def test_several_budgets_are_drawn_anew_and_cannot_be_grouped(tmp_path):
+    model = tiny_model("llava", compressor=TINY_COMPRESSORS["average_pool"])
+    rows = message_dataset()
+    with pytest.raises(ValueError, match=r"`visual_token_budget=\[4, 36\]` draws one"):
+        row_lengths(rows, collator(model, tmp_path, rows, visual_token_budget=[4, 36]), model)

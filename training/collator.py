@@ -6,7 +6,7 @@ right. Preferences give `completion_mask (2B, L)` in place of labels: all chosen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class ConversationCollator:
     Args:
         collate: TRL's collator.
         processor: The model's processor.
-        visual_token_budget: Visual tokens per image in place of the router's choice.
+        visual_token_budget: Visual tokens per image in place of the router's choice; of several, each image gets one
+            at random.
         marks_instruction: Whether the model has pre-fusion, which must not see the answers.
         plain_captions: Write rows in the plain format of pretraining; see `read_caption`.
     """
@@ -42,7 +43,7 @@ class ConversationCollator:
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         processor: Any,
         *,
-        visual_token_budget: int | None = None,
+        visual_token_budget: int | Sequence[int] | None = None,
         marks_instruction: bool = False,
         plain_captions: bool = False,
     ):
@@ -79,8 +80,14 @@ class ConversationCollator:
                     "`assistant_only_loss=True`, or a dataset with `prompt` and `completion`."
                 )
         if self.visual_token_budget is not None and "pixel_values" in batch:
-            batch["visual_token_budget"] = self.visual_token_budget
+            batch["visual_token_budget"] = self._budgets(len(batch["pixel_values"]))
         return batch
+
+    def _budgets(self, images: int) -> int | list[int]:
+        if isinstance(self.visual_token_budget, int):
+            return self.visual_token_budget
+        drawn = torch.randint(len(self.visual_token_budget), (images,)).tolist()
+        return [self.visual_token_budget[index] for index in drawn]
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row of the dataset as TRL's collator gets it."""

@@ -8,6 +8,7 @@ written and cut, and, where the router is asked, the weights of tower, fusion an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def row_lengths(
         cache: Folder of the file, by default beside the Hub's own cache.
 
     Raises:
-        ValueError: The router is `random`, so that a row's length changes from one epoch to the next.
+        ValueError: The router is `random`, or there are several budgets, so that a row's length changes from one epoch
+            to the next.
     """
     inner, processor, budget = inner_model(model), collator.processor, collator.visual_token_budget
     known = _known_beforehand(inner.config, budget)
@@ -123,7 +125,12 @@ class _RowCounter:
         return list(encoded.lengths)
 
 
-def _known_beforehand(config: Any, budget: int | None) -> bool:
+def _known_beforehand(config: Any, budget: int | Sequence[int] | None) -> bool:
+    if budget is not None and not isinstance(budget, int):
+        raise ValueError(
+            f"`visual_token_budget={list(budget)}` draws one whenever an image is seen, so rows cannot be grouped "
+            "by length. Pass one budget, or use `pack_batches=True` against padding."
+        )
     if budget is not None or config.router["type"] in ("fixed", "pixel_std"):
         return True
     if config.router["type"] == "random":

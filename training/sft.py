@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,9 @@ from trl import (
     SFTTrainer,
     TrlParser,
     get_peft_config,
-    get_quantization_config,
 )
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
-from adaptive_llava.modeling.backbone_assembly import OWN_PARTS
 from adaptive_llava.modeling.view_geometry import ImageViews, cut_image, image_costs
 from adaptive_llava.training.collator import ConversationCollator
 from adaptive_llava.training.conversation_data import Rows, load_conversations
@@ -69,6 +67,7 @@ from adaptive_llava.training.lora_targets import (
 )
 from adaptive_llava.training.merge import merge_adapter
 from adaptive_llava.training.part_learning_rates import PARTS, PartRatesTrainer
+from adaptive_llava.training.quantised_loading import check_quantisation, placement
 from adaptive_llava.training.resume_point import resume_point
 from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
 from adaptive_llava.training.whole_checkpoints import TrainingStopped
@@ -77,8 +76,6 @@ from adaptive_llava.training.whole_checkpoints import TrainingStopped
 logger = logging.get_logger(__name__)
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-
-_NOT_QUANTISED = ("vision_tower", *OWN_PARTS, "lm_head")
 
 
 @dataclass
@@ -90,6 +87,8 @@ class SftArguments(ScriptArguments):
         freeze_vision_tower: Leave the vision tower as it is.
         visual_token_budget: Visual tokens per image in training and evaluation, in place of the router's choice.
         threshold_schedule: `learning_rate`: in training the router's thresholds follow the learning rate.
+        device_map: `auto`: spread the model over the GPUs; with several processes each has its own GPU, and without a
+            GPU it is left out.
         merge: Merge the LoRA adapter after training and save the full model as `<output_dir>/merged`.
         warmup_share: Share of the steps in which the learning rate rises, on every version of transformers.
         vision_tower_learning_rate: Peak learning rate of the vision tower, if it is trained; `learning_rate` by
@@ -112,6 +111,7 @@ class SftArguments(ScriptArguments):
     threshold_schedule: str | None = field(
         default=None, metadata={"help": "'learning_rate': the router's thresholds follow the learning rate."}
     )
+    device_map: str | None = field(default=None, metadata={"help": "'auto': spread the model over the GPUs."})
     merge: bool = field(default=False, metadata={"help": "Also save the merged model as `<output_dir>/merged`."})
     warmup_share: float | None = field(
         default=None, metadata={"help": "Share of the steps in which the learning rate rises."}
@@ -190,6 +190,7 @@ def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfi
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", script.dataset_name)):
         if not value:
             raise ValueError(f"`{name}` is missing. Pass --{name} on the command line, or write it into the recipe.")
+    check_quantisation(model)
     if training.assistant_only_loss and Version(transformers.__version__) < Version("5.18.0.dev0"):
         raise ValueError(
             f"`assistant_only_loss=True` needs transformers >= 5.18 for images; this is {transformers.__version__}. "
@@ -215,7 +216,7 @@ def build_trainer(
     *,
     model_arguments: ModelConfig | None = None,
     train_vision_tower: bool = False,
-    visual_token_budget: int | None = None,
+    visual_token_budget: int | Sequence[int] | None = None,
     threshold_schedule: str | None = None,
     learning_rates: Mapping[str, float] | None = None,
     train_only_visual_parts: bool = False,
@@ -234,7 +235,7 @@ def build_trainer(
         model_arguments: Use LoRA if its `use_peft` is set.
         train_vision_tower: Train the vision tower too.
         visual_token_budget: Visual tokens per image, all its tiles and newlines included, in place of the router's
-            choice.
+            choice; of several, each image gets one at random.
         threshold_schedule: `"learning_rate"` moves the router's thresholds with the learning rate; see
             `threshold_schedule.py`.
         learning_rates: Peak rate of parts that differ from `training.learning_rate`, by name; see
@@ -250,7 +251,8 @@ def build_trainer(
             has no thresholds, a learning rate of a part that is not trained, or what TRL refuses.
     """
     if visual_token_budget is not None:
-        _check_budget(visual_token_budget, model.config)
+        least = visual_token_budget if isinstance(visual_token_budget, int) else min(visual_token_budget)
+        _check_budget(least, model.config)
     schedule = None if threshold_schedule is None else ThresholdSchedule(threshold_schedule)
     if schedule is not None:
         routed_by_thresholds(model)
@@ -362,11 +364,11 @@ def fine_tune(
         eval_dataset = load_conversations(source, split=script.dataset_test_split, **data)
 
     loading: dict[str, Any] = {"revision": revision, "dtype": model_arguments.dtype}
-    quantization = get_quantization_config(model_arguments)
-    if quantization is not None:
-        quantization.llm_int8_skip_modules = list(_NOT_QUANTISED)
     model = AdaptiveLlavaForConditionalGeneration.from_pretrained(
-        name, attn_implementation=model_arguments.attn_implementation, quantization_config=quantization, **loading
+        name,
+        attn_implementation=model_arguments.attn_implementation,
+        **placement(model_arguments, training, script.device_map),
+        **loading,
     )
     trainer = build(
         model,

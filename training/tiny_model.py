@@ -154,16 +154,23 @@ def assemble(
     model = AdaptiveLlavaForConditionalGeneration.from_backbones(
         vision, text, preset="dfmr", tokenizer=tokenizer, vision_feature_layer=-1, **fields
     )
-    grid = shape.image_size // shape.patch_size
     with torch.no_grad():
         nn.init.normal_(text.get_input_embeddings().weight, std=_EMBEDDING_SCALE)
-        positions = vision.get_submodule(_embeddings_name(vision)).position_embedding.weight
-        positions[1:] += _POSITION_SCALE * two_dimensional_positions(grid, shape.width)
+        add_positions(vision, shape.image_size // shape.patch_size)
         projector = model.model.multi_modal_projector
         for layer in (projector.linear_1, projector.linear_2) if hasattr(projector, "linear_1") else ():
             layer.reset_parameters()
     processor = AdaptiveLlavaProcessor.from_config(model.config, tokenizer, chat_template=_SAY + CHAT_TEMPLATE)
     return model, processor
+
+
+@torch.no_grad()
+def add_positions(vision: CLIPVisionModel, grid: int) -> None:
+    """Lets an untrained tower of `grid * grid` patches know where each of them is."""
+    # transformers 5 dropped the `vision_model` level
+    embeddings: Any = next(part for part in vision.modules() if hasattr(part, "position_embedding"))
+    positions = embeddings.position_embedding.weight
+    positions[1:] += _POSITION_SCALE * two_dimensional_positions(grid, positions.shape[1])
 
 
 def two_dimensional_positions(grid: int, dim: int) -> Tensor:
@@ -249,11 +256,6 @@ def pixels_of(processor: AdaptiveLlavaProcessor, images: Sequence[np.ndarray]) -
 def rate_at(progress: float) -> float:
     """Share of the peak learning rate at a share of the training."""
     return min(1.0, progress / 0.05 + 0.01) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _embeddings_name(vision: nn.Module) -> str:
-    # transformers 5 dropped the `vision_model` level
-    return next(name for name, part in vision.named_modules() if hasattr(part, "position_embedding"))
 
 
 class LastPatches:
