@@ -56,7 +56,7 @@ _THRESHOLDS = (0.1, 1.2)  # of normalised pixels
 def build_study_model(shape: str, attention: str, device: str) -> tuple[Any, AdaptiveLlavaProcessor]:
     """A model of random weights with a small tower, pooling factors 1, 2, 3 and a router that reads pixels."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocabulary())
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
         image_size=IMAGE_SIZE, patch_size=4,
