@@ -199,13 +199,13 @@ def test_differences_of_two_models_are_paired():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Draws of seeds and images: of 60 repetitions with six seeds each, nearly all cover the true gain of 0.25."""
+    """Of 60 repetitions with six seeds each, nearly all cover the true accuracy of 0.7."""
     hits = 0
     for repetition in range(60):
-        records = [routable(100 * repetition + seed, images=200) for seed in range(6)]
-        gain = bootstrap(records, COUNTS, draws=200, seed=repetition)["knows"]["over_hull"].summary()
-        hits += gain["low"] <= 0.25 <= gain["high"]
-    assert hits >= 48
+        records = [routable(100 * repetition + seed, images=200, noise=0.3) for seed in range(6)]
+        accuracy = bootstrap(records, COUNTS, draws=200, seed=repetition)["always 36"]["accuracy"].summary()
+        hits += accuracy["low"] <= 0.7 <= accuracy["high"]
+    assert 50 <= hits <= 60
 
 
 def test_weights_give_each_family_its_share():
@@ -238,7 +238,7 @@ def test_the_whole_study_runs_and_writes_results(small_config, tmp_path):
     output = tmp_path / "results"
     arguments = ["--config", str(small_config), "--scale", "0.01", "--work", str(tmp_path / "work")]
     assert command.main([*arguments, "--workers", "1", "--output", str(output)]) == 0
-    results = json.loads((output / "small.json").read_text())
+    results = json.loads((output / "small.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert set(results["compressors"]) == {"pool", "resampler", "mini"}
     assert results["settings"]["seeds"] == [0, 1] and results["cpu_seconds"] > 0
     assert set(results["admission"]) == set(FAMILIES)
@@ -246,7 +246,7 @@ def test_the_whole_study_runs_and_writes_results(small_config, tmp_path):
     assert pool["oracle"]["accuracy"]["mean"] >= max(pool[f"always {count}"]["accuracy"]["mean"] for count in COUNTS)
     assert len(pool["dfmr"]["over_chord"]["by_seed"]) == 2
     text = (output / "small.md").read_text()
-    assert "over chord" in text and "nan" not in text.split("## An oracle")[0]
+    assert "over chord" in text and "nan" not in text
     for plot in ("frontier", "gain", "hard_share", "router_quality", "steps"):
         assert (output / f"small_{plot}.png").stat().st_size > 5000
     # nothing is trained twice

@@ -213,7 +213,7 @@ class _Study:
                 found.setdefault(policy, []).append({"share": share, **row})
         return found
 
-    def router_quality(self) -> list[dict[str, float]]:
+    def router_quality(self) -> list[dict[str, float | None]]:
         """An oracle whose choices are dealt at random for a growing share of the images: AUC and gain."""
         rng = np.random.default_rng(0)
         rows = []
@@ -231,7 +231,7 @@ class _Study:
             rows.append(
                 {
                     "shuffled_share": mixture,
-                    "auc": round(auc, 4),
+                    "auc": _known(auc),
                     "over_chord": round(gain, 4),
                     "tokens": round(tokens, 2),
                     "accuracy": round(accuracy, 4),
@@ -283,12 +283,12 @@ class _Study:
             }
         return rows
 
-    def _quality_of_routers(self, arm: str) -> dict[str, float]:
+    def _quality_of_routers(self, arm: str) -> dict[str, float | None]:
         """How well each router's choices tell images that need more than the fewest tokens (the oracle's word)."""
         found = {}
         for policy in (*ROUTERS, "kind_oracle"):
             values = [area_under_curve(r.choices[policy], oracle(r.right) > 0) for r in self.records[arm]]
-            found[policy] = round(float(np.mean(values)), 4)
+            found[policy] = _known(np.mean(values))
         return found
 
     def _macro(self, arm: str, mark: int, seed: int) -> float:
@@ -321,3 +321,8 @@ def _point(record: SeedRecord, counts: Sequence[int], policy: str) -> tuple[floa
     alone = SeedRecord(record.families, record.right, {policy: record.choices[policy]})
     values = measures(alone, counts, image_weights(record.families, 0, np.random.default_rng(0)))
     return float(values["accuracy"][0, 0]), float(values["tokens"][0, 0])
+
+
+def _known(value: float) -> float | None:
+    """Rounded; `None` where no image, or every one, needs more than the fewest tokens."""
+    return None if np.isnan(value) else round(float(value), 4)

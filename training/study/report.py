@@ -148,13 +148,13 @@ def _exchanged(found: Mapping[str, Any]) -> str:
     return _table(["choices", "tokens", "accuracy", "over chord"], rows)
 
 
-def _quality(rows: Sequence[Mapping[str, float]]) -> str:
+def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(
         ["shuffled", "AUC", "tokens", "accuracy", "over chord"],
         [
             [
                 f"{100 * row['shuffled_share']:.0f} %",
-                f"{row['auc']:.2f}",
+                "" if row["auc"] is None else f"{row['auc']:.2f}",
                 f"{row['tokens']:.1f}",
                 f"{100 * row['accuracy']:.1f} %",
                 f"{100 * row['over_chord']:+.1f}",
@@ -223,11 +223,11 @@ def _draw_hard_share(results: Mapping[str, Any], figure: Any) -> None:
 
 def _draw_quality(results: Mapping[str, Any], figure: Any) -> None:
     axes = figure.subplots()
-    rows = results["router_quality"]
+    rows = [row for row in results["router_quality"] if row["auc"] is not None]
     axes.plot([r["auc"] for r in rows], [100 * r["over_chord"] for r in rows], "-", color="#145a32",
               label="oracle, partly shuffled")  # fmt: skip
     pool = results["compressors"]["pool"]
-    for policy, auc in pool["auc"].items():
+    for policy, auc in ((policy, auc) for policy, auc in pool["auc"].items() if auc is not None):
         gain = 100 * pool["policies"][policy]["over_chord"]["mean"]
         axes.plot(auc, gain, "o", color=_COLOURS[policy], label=NAMES[policy])
     axes.axhline(0, color="black", linewidth=0.8)

@@ -44,6 +44,7 @@ def chord(counts: Sequence[int], accuracy: np.ndarray, tokens: np.ndarray) -> np
 
 def hull(counts: Sequence[int], accuracy: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Accuracy of the best mixture of any two counts that spends `tokens`; shapes as `chord`."""
+    tokens = tokens.clip(counts[0], counts[-1])  # sums in fp32 may lie outside by a hair
     best = np.full(tokens.shape, -np.inf)
     for low in range(len(counts)):
         for high in range(low + 1, len(counts)):
