@@ -2,8 +2,9 @@
 
     python -m adaptive_llava.training.readme_figures [--check]
 
-A block between `<!-- figures: NAME -->` and `<!-- end figures -->` is replaced by what `results/NAME.json` says, or by
-the command that makes that file where it is missing. `--check` only tells whether README.md is up to date.
+A block between `<!-- figures: NAME -->` and `<!-- end figures -->` is replaced by what `results/NAME.json` says (the
+study's stands elsewhere), or by the command that makes that file where it is missing. `--check` only tells whether
+README.md is up to date.
 """
 
 from __future__ import annotations
@@ -244,12 +245,26 @@ def padding(result: dict[str, Any]) -> str:
     )
 
 
+def study_cpu(result: dict[str, Any]) -> str:
+    """The study's primary comparison, its further answers and its plots."""
+    from adaptive_llava.training.study.report import headline
+
+    plots = (("gain", "Gain over the best fixed budget"), ("hard_share", "Gain against the share of hard images"),
+             ("router_quality", "Gain against the quality of the router"))  # fmt: skip
+    shown = "\n".join(f"![{what}](training/study/results/cpu_{name}.png)" for name, what in plots)
+    return f"{headline(result)} All tables: `training/study/results/cpu.md`.\n\n{shown}"
+
+
+# Result files that do not stand in `results/` under the name of their block.
+_ELSEWHERE = {"study_cpu": Path("../training/study/results/cpu.json")}
+
 BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quickstart": (quickstart, "make quickstart"),
     "systems": (systems, "python -m adaptive_llava.training.system_report --golden ../shared/golden"),
     "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
     "pixel_agreement": (pixel_agreement, "python -m adaptive_llava.training.pixel_agreement"),
     "joint_routing": (joint_routing, "python -m adaptive_llava.training.joint_routing_study"),
+    "study_cpu": (study_cpu, "make study"),
     "padding": (padding, "python -m adaptive_llava.training.padding_study"),
     "benchmark_cpu": (benchmark, "python -m adaptive_llava.training.benchmark"),
     "benchmark_cpu_clip": (benchmark, "python -m adaptive_llava.training.benchmark --shape clip-l-336+qwen2.5-0.5b"),
@@ -268,7 +283,7 @@ def fill(text: str, results: Path) -> str:
         if name not in BLOCKS:
             raise ValueError(f"README block {name!r} is unknown. Known blocks: {', '.join(BLOCKS)}.")
         render, command = BLOCKS[name]
-        path = results / f"{name}.json"
+        path = results / _ELSEWHERE.get(name, f"{name}.json")
         body = render(json.loads(path.read_text())) if path.exists() else f"(not measured yet: `{command}`)"
         return f"<!-- figures: {name} -->\n{body}\n<!-- end figures -->"
 

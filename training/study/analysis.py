@@ -17,11 +17,11 @@ from adaptive_llava.training.study.policies import (
     mixed_with_shuffled,
     oracle,
 )
+from adaptive_llava.training.study.report import ROUTERS
 from adaptive_llava.training.study.settings import Settings
 from adaptive_llava.training.study.statistics import Estimate, SeedRecord, bootstrap, chord, image_weights, measures
 
 
-ROUTERS = ("dfmr", "pixel", "classifier", "classifier_cls", "untrained_tower")
 CONTROLS = ("random", "kind_oracle", "oracle")
 HARD_SHARES = tuple(share / 10 for share in range(1, 10))
 MIXTURES = tuple(share / 10 for share in range(11))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
+ROUTERS = ("dfmr", "pixel", "classifier", "classifier_cls", "untrained_tower")
 NAMES = {
     "dfmr": "DFMR's rule on features",
     "pixel": "the same rule on pixels",
@@ -29,6 +30,83 @@ _COLOURS = {
 }
 
 
+def verdict(gain: Mapping[str, Any], minimum: float) -> str:
+    """What `PLAN.md` calls a gain: `"pays"`, `"does not pay"` or `"open"`.
+
+    Args:
+        gain: Summary of a gain over the chord.
+        minimum: Smallest effect of interest.
+    """
+    if gain["mean"] >= minimum and gain["low"] > 0:
+        return "pays"
+    return "does not pay" if gain["high"] < minimum else "open"
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The primary comparison of every compressor with its verdicts, and the answers to the four further questions."""
+    settings = results["settings"]
+    rows = []
+    for arm, found in results["compressors"].items():
+        for policy in (*ROUTERS, "random", "kind_oracle", "oracle"):
+            row = found["policies"][policy]
+            said = verdict(row["over_chord"], settings["minimum_effect"]) if policy in ROUTERS else ""
+            rows.append(
+                [
+                    f"{arm} ({_slashed(found['counts'])})",
+                    NAMES[policy],
+                    f"{row['tokens']['mean']:.1f}",
+                    _percent(row["accuracy"]),
+                    _gain(row["over_chord"]),
+                    _gain(row["over_shuffled"]),
+                    _gain(row["over_family_shuffled"]),
+                    said,
+                ]
+            )
+    head = ["compressor", "count chosen by", "tokens", "right", "over the best fixed", "over shuffled",
+            "over shuffled in its kind", "routing"]  # fmt: skip
+    left_out = [name for name, accuracy in results["admission"].items() if accuracy < settings["admitted_from"]]
+    excuse = f" (left out, below {settings['admitted_from']:.0%} at full tokens: {', '.join(left_out)})"
+    return (
+        f"`{results['command']}`: {len(settings['seeds'])} seeds, {results['cpu_seconds'] / 60:.0f} CPU minutes "
+        f"({results['machine']}), {len(results['admission']) - len(left_out)} kinds of picture"
+        f"{excuse if left_out else ''}. Routers are set to a mean of {settings['target_mean']:g} tokens on other "
+        "pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and pictures; "
+        "the best fixed budget mixes the neighbouring counts at random. Rules and controls were written down before the "
+        f"first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
+    )
+
+
+def _answers(results: Mapping[str, Any]) -> str:
+    routed = results["routed_training"]
+    joint = ", ".join(
+        f"{arm.split()[0]} {_gain(found['policies']['at_target']['over_chord'])}"
+        for arm, found in results["joint"].items()
+    )
+    crossed = []
+    for answerer, found in results["exchanged"].items():
+        chooser = "resampler" if answerer == "pool" else "pool"
+        own, other = (found[f"{who} classifier"]["over_chord"] for who in ("own", f"{chooser}'s"))
+        crossed.append(f"{answerer} with its own classifier {_gain(own)}, with that of {chooser} {_gain(other)}")
+    one, most = (f"resampler fixed {results['settings']['counts'][end]}" for end in (0, -1))
+    marks = list(results["steps"][one])
+    ahead = [mark for mark in marks if results["steps"][one][mark] > results["steps"][most][mark]]
+    early = (
+        f"one token is ahead of {most.split()[-1]} after {', '.join(ahead)} steps"
+        if ahead
+        else f"one token is never ahead of {most.split()[-1]}"
+    )
+    first, last = (
+        f"{100 * results['steps'][one][mark]:.1f} against {100 * results['steps'][most][mark]:.1f} % after {mark}"
+        for mark in (marks[0], marks[-1])
+    )
+    return (
+        f"Routers trained jointly with their model, over the best fixed budget of the same weights: {joint}. Trained "
+        "on DFMR's choices instead of random ones, both routed by DFMR: "
+        f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Trained at "
+        f"one count from the same base: {early} ({first}, {last})."
+    )
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """All tables, as Markdown."""
     settings = results["settings"]
@@ -39,6 +117,7 @@ def tables(results: Mapping[str, Any]) -> str:
         f"{results['cpu_seconds'] / 60:.0f} CPU minutes. Means over {len(settings['seeds'])} seeds with 95 % "
         "intervals of a bootstrap over seeds and images; gains in points of macro accuracy.",
     ]
+    parts += [headline(results)]
     for arm, found in results["compressors"].items():
         parts += [f"## {arm}: {_slashed(found['counts'])} tokens", _policies(found)]
         parts += [_families(found)]
