@@ -173,7 +173,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def __init__(self, config: AdaptiveLlavaConfig):
         super().__init__(config)
-        self.vision_tower = unwrap_tower(AutoModel.from_config(config.vision_config))
+        tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = unwrap_tower(tower)
         self.multi_block_fusion = config.build_fusion()
         self.compressor = config.build_compressor()
         self.router = config.build_router(self.compressor)
@@ -181,8 +182,11 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         self.view_arrangement = config.build_arrangement()
         self.modality_prefusion = config.build_prefusion()
         self.language_model = AutoModel.from_config(config.text_config)
-        self._no_split_modules = _no_split_modules(self.vision_tower, self.language_model)
         self.post_init()
+        # last, since `post_init` adds names; only of classes that occur: CLIP's tower also names those of its text
+        # model, for which FSDP would look in vain
+        occurring = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(_no_split_modules(tower, self.language_model) & occurring)
 
     def get_decoder(self) -> nn.Module:
         return self.language_model
@@ -325,6 +329,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         visual = batch.encoded.values
         if self.modality_prefusion is None:
             return text, visual
+        if len(batch.encoded) == 0:
+            return text + self._idle_prefusion(text), visual
         ids, instruction = batch.input_ids, batch.instruction_mask
         attended = torch.ones_like(ids, dtype=torch.bool)
         if batch.attention_mask is not None:
@@ -462,7 +468,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             rows = _insert_prefix(text, prefix_embeds, prefix_positions - cached)
         else:
             check_no_images(visual_token_budget, visual_rungs)
-            rows = text + self._unused_visual_parameters(text) if self.training else text
+            starts = past_key_values is None or past_key_values.get_seq_length() == 0
+            joins = self.training or (starts and _is_sharded(self.vision_tower))
+            rows = text + self.idle_visual_parts(text.device) + self._idle_prefusion(text) if joins else text
         kwargs.pop("mm_token_type_ids", None)
         if past_key_values is None and attention_mask is None and holds_segments(host_positions):
             kwargs["use_cache"] = False  # segments of one row share no cache, and a cache would hide them
@@ -577,20 +585,27 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         other = 1 if self._placeholder != 1 else 2
         return torch.where(is_image, self._placeholder, other)
 
-    def _unused_visual_parameters(self, text: Tensor) -> Tensor | float:
-        # rows without images: trainable visual parts join with weight 0, so that distributed ranks stay in step
+    def idle_visual_parts(self, device: torch.device) -> Tensor | float:
+        """Zero, from a pass of all before pre-fusion, for rows without images: distributed processes stay in step.
+
+        Each backward pass reaches all that learns, and each forward pass gathers a tower whose weights are sharded
+        over processes (FSDP2, ZeRO-3), also a frozen one.
+
+        Args:
+            device: Where the rows are.
+        """
         own = [getattr(self, name) for name in OWN_PARTS]
-        tower_trains = _is_trainable(self.vision_tower)
-        if not tower_trains and not any(part is not None and _is_trainable(part) for part in own):
+        tower_runs = _is_trainable(self.vision_tower) or _is_sharded(self.vision_tower)
+        if not tower_runs and not any(part is not None and _is_trainable(part) for part in own):
             return 0.0
         height, width = self.config.view_grid
-        if tower_trains or self.multi_block_fusion is not None:
+        if tower_runs or self.multi_block_fusion is not None:
             crops = (self.config.tiling["n"] ** 2 + 1,) if self.config.tiling["type"] == "mosaic" else ()
-            pixels = torch.zeros(1, *crops, 3, *input_size(self.vision_tower), device=text.device)
+            pixels = torch.zeros(1, *crops, 3, *input_size(self.vision_tower), device=device)
             features = self.extract_features(pixels)
         else:
             dtype = next(self.vision_tower.parameters()).dtype
-            patches = torch.zeros(1, height * width, self.config.feature_dim, device=text.device, dtype=dtype)
+            patches = torch.zeros(1, height * width, self.config.feature_dim, device=device, dtype=dtype)
             state = patches[..., : self.config.vision_feature_dim]
             features = VisionFeatures(
                 patches,
@@ -603,12 +618,15 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             )
         routing = self.router(features)
         encoded = self._compress(features, routing, [self.compressor.num_rungs - 1])
-        outputs = [encoded.values, routing.logits]
-        if self.modality_prefusion is not None:  # one patch in front of one token
-            row = PrefusionRows(torch.tensor([[0, 1]]), None)
-            outputs += self.modality_prefusion(encoded.patches[:1], encoded.values[:1], text[:0], row)
         # each value first: their sum may overflow
-        return sum((values * 0).sum().to(text) for values in outputs if values is not None)
+        return sum((values * 0).sum().to(device) for values in (encoded.values, routing.logits) if values is not None)
+
+    def _idle_prefusion(self, text: Tensor) -> Tensor | float:
+        # the same for pre-fusion: one text embedding for a patch, in front of itself for a visual token
+        if self.modality_prefusion is None:
+            return 0.0
+        entry, row = text.flatten(0, 1)[:1], PrefusionRows(torch.tensor([[0, 1]]), None)
+        return sum((values * 0).sum() for values in self.modality_prefusion(entry, entry, text[:0], row))
 
 
 class AdaptiveLlavaForConditionalGeneration(
@@ -741,8 +759,13 @@ def _is_trainable(part: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in part.parameters())
 
 
-def _no_split_modules(*parts: nn.Module) -> list[str]:
-    return sorted({name for part in parts for name in getattr(part, "_no_split_modules", None) or ()})
+def _is_sharded(part: nn.Module) -> bool:
+    # what FSDP2 (a DTensor) and DeepSpeed's ZeRO-3 leave of a parameter between the passes
+    return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in part.parameters())
+
+
+def _no_split_modules(*parts: nn.Module) -> set[str]:
+    return {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
 
 
 def _insert_prefix(text: Tensor, prefix: Tensor, columns: Tensor) -> Tensor:

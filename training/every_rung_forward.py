@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from adaptive_llava.modeling.encoded_images import EncodedImages
+
 
 @dataclass
 class EveryRungOutput(ModelOutput):
@@ -59,11 +61,13 @@ def _score_every_rung(
     image_sizes: Tensor | None = None,
     **kwargs: Any,
 ) -> EveryRungOutput:
-    num_rungs = inner.compressor.num_rungs
+    num_rungs, idle = inner.compressor.num_rungs, 0.0
     score = functools.partial(forward, input_ids=input_ids, labels=labels, fused_lm_head=True, **kwargs)
     if pixel_values is None or len(pixel_values) == 0:
-        # nothing to route; the passes still happen, so that distributed ranks stay in step
-        outputs = [score() for _ in range(num_rungs)]
+        # nothing to route; the passes still happen, as in the branch below, so that distributed ranks stay in step
+        idle = inner.idle_visual_parts(input_ids.device)
+        nothing = torch.zeros(0, inner.config.text_config.hidden_size, device=input_ids.device)
+        outputs = [score(encoded_images=EncodedImages(nothing, (), (), nothing[:, 0], ())) for _ in range(num_rungs)]
         logits = outputs[0].log_probs.new_zeros(0, num_rungs)
         rows = torch.zeros(0, dtype=torch.long, device=input_ids.device)
     else:
@@ -74,7 +78,7 @@ def _score_every_rung(
         outputs = [score(encoded_images=encode(visual_rungs=[rung] * views)) for rung in range(num_rungs)]
         rows = _row_of_view(input_ids, inner.config.image_token_id, features.views_per_image)
     return EveryRungOutput(
-        log_probs=torch.stack([output.log_probs for output in outputs]),
+        log_probs=torch.stack([output.log_probs for output in outputs]) + idle,
         label_mask=outputs[0].label_mask,
         router_logits=logits,
         row_of_view=rows,

@@ -19,6 +19,9 @@ of an unbroken one: data order, random numbers, schedule and optimizer come from
 that holds checkpoints is refused. A full disk or a loss that is not finite ends the run with status 1 and a message
 (see `whole_checkpoints.py`).
 
+On several GPUs: `accelerate launch --config_file training/recipes/accelerate/ddp.yaml -m adaptive_llava.training.sft
+...`; that folder also has FSDP2 and DeepSpeed ZeRO, and each file says what of it was run.
+
 A dataset is a Hub id, a folder, or a parquet or json file with `images` and either `messages`, or `prompt` and
 `completion`. Loss: all text, the completion alone (the default for `prompt` and `completion`), or what the assistant
 says (`--assistant_only_loss`, transformers >= 5.18); never the image placeholders.
@@ -69,6 +72,7 @@ from adaptive_llava.training.merge import merge_adapter
 from adaptive_llava.training.part_learning_rates import PARTS, PartRatesTrainer
 from adaptive_llava.training.quantised_loading import check_quantisation, placement
 from adaptive_llava.training.resume_point import resume_point
+from adaptive_llava.training.sharded_head import gather_head_with_backbone
 from adaptive_llava.training.threshold_schedule import ThresholdSchedule, routed_by_thresholds
 from adaptive_llava.training.whole_checkpoints import TrainingStopped
 
@@ -302,6 +306,7 @@ def build_trainer(
         marks_instruction=model.config.prefusion_layers > 0,
         plain_captions=plain_captions,
     )
+    gather_head_with_backbone(model)
     trained: Any = trainer.model
     if trains_visual_parts(trained):
         model.config.compressor_trained = True  # of what is saved from now on
