@@ -71,8 +71,8 @@ def headline(results: Mapping[str, Any]) -> str:
         f"({results['machine']}), {len(results['admission']) - len(left_out)} kinds of picture"
         f"{excuse if left_out else ''}. Routers are set to a mean of {settings['target_mean']:g} tokens on other "
         "pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and "
-        "pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written down "
-        f"before the first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
+        "pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
+        f"down before the first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
     )
 
 
