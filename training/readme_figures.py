@@ -245,6 +245,49 @@ def padding(result: dict[str, Any]) -> str:
     )
 
 
+def invoice_day(result: dict[str, Any]) -> str:
+    """The curve of the document command over budgets, and what it concludes."""
+
+    def cell(score: dict[str, Any]) -> str:
+        low, high = score["interval"]
+        return f"{score['value']:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = [
+        [
+            row["budget"],
+            f"{row['mean_tokens']:.0f}",
+            cell(row["field_f1"]),
+            cell(row["anls"]),
+            f"{row['json_rate']:.0%}",
+        ]
+        for row in (*result["curve"], result["other_page"])
+    ]
+    pages, other = result["pages"], result["other_page"]["budget"]
+    return (
+        f"{pages['train']} pages to train on, {pages['held_out']} held out with {pages['held_out_fields']} fields "
+        f'(`training/recipes/{result["recipe"]}`, {result["cpu_seconds"]:.0f} CPU seconds). "{other}" has all tokens '
+        "of another page than the one asked about:\n\n"
+        + table(["budget", "tokens", "field F1 (95 %)", "ANLS (95 %)", "valid JSON"], rows)
+        + f"\n\n> {result['need']['sentence']}"
+    )
+
+
+def invoice_memory(result: dict[str, Any]) -> str:
+    """Peak memory of a training step by budget and batch."""
+    budgets = sorted({row["budget"] for row in result["rows"]})
+    cells = {(row["budget"], row["batch"]): row["peak_mib"] for row in result["rows"]}
+    rows = [
+        [batch, *(f"{cells[budget, batch]:.0f}" for budget in budgets)]
+        for batch in sorted({row["batch"] for row in result["rows"]})
+    ]
+    return (
+        f"Peak memory of a training step in MiB: {result['parameters'] / 1e6:.1f} million weights in "
+        f"{result['dtype']} on {result['device']}, {result['rows'][0]['loaded_mib']} of it before the first step "
+        "(`python -m adaptive_llava.training.invoice_memory`):\n\n"
+        + table(["batch", *(f"{budget} tokens" for budget in budgets)], rows)
+    )
+
+
 def study_cpu(result: dict[str, Any]) -> str:
     """The study's primary comparison, its further answers and its plots."""
     from adaptive_llava.training.study.report import headline
@@ -264,6 +307,11 @@ BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "routing_real_images": (routing_real_images, "python -m adaptive_llava.training.routing_study"),
     "pixel_agreement": (pixel_agreement, "python -m adaptive_llava.training.pixel_agreement"),
     "joint_routing": (joint_routing, "python -m adaptive_llava.training.joint_routing_study"),
+    "invoice_day": (
+        invoice_day,
+        "python -m adaptive_llava documents --config documents_small.yaml ...",
+    ),
+    "invoice_memory": (invoice_memory, "python -m adaptive_llava.training.invoice_memory"),
     "study_cpu": (study_cpu, "make study"),
     "padding": (padding, "python -m adaptive_llava.training.padding_study"),
     "benchmark_cpu": (benchmark, "python -m adaptive_llava.training.benchmark"),
