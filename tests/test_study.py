@@ -235,7 +235,11 @@ def small_config(tmp_path_factory):
 
 
 def test_the_whole_study_runs_and_writes_results(small_config, tmp_path):
-    output = tmp_path / "results"
+    output, real = tmp_path / "results", tmp_path / "real"
+    for kind, picture in zip(("pages", "scenes"), render(2, seed=1, families=["table", "scene"]), strict=True):
+        (real / kind).mkdir(parents=True)
+        picture.image.resize((90, 60)).save(real / kind / "one.png")
+    small_config.write_text(small_config.read_text(encoding="utf-8") + f"real_images: {real}\n", encoding="utf-8")
     arguments = ["--config", str(small_config), "--scale", "0.01", "--work", str(tmp_path / "work")]
     assert command.main([*arguments, "--workers", "1", "--output", str(output)]) == 0
     results = json.loads((output / "small.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -245,6 +249,8 @@ def test_the_whole_study_runs_and_writes_results(small_config, tmp_path):
     pool = results["compressors"]["pool"]["policies"]
     assert pool["oracle"]["accuracy"]["mean"] >= max(pool[f"always {count}"]["accuracy"]["mean"] for count in COUNTS)
     assert len(pool["dfmr"]["over_chord"]["by_seed"]) == 2
+    assert set(results["real_images"]["pool"]["dfmr"]) == {"pages", "scenes"}
+    assert set(results["real_images"]["pool"]["dfmr"].values()) <= {4, 6.5, 9, 20, 22.5, 36}
     text = (output / "small.md").read_text()
     assert "over chord" in text and "nan" not in text
     for plot in ("frontier", "gain", "hard_share", "router_quality", "steps"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_llava.training.study.arms import CLASSIFIERS, SPLITS, arms_of, pictures_of, pool_counts
+from adaptive_llava.training.study.arms import ANSWERED, CLASSIFIERS, arms_of, pictures_of, pool_counts
 from adaptive_llava.training.study.policies import (
     area_under_curve,
     by_spread,
@@ -55,6 +55,7 @@ def analyse(settings: Settings, evidence: Mapping[int, Evidence]) -> dict[str, A
         "steps": study.steps(),
         "share_of_hard_images": study.share_of_hard_images(),
         "router_quality": study.router_quality(),
+        "real_images": {arm: study.real_images(arm) for arm in ("pool", "resampler")},
     }
 
 
@@ -71,7 +72,7 @@ class _Study:
         }
         families = {
             split: {seed: np.array([p.family for p in pictures_of(settings, split, seed)]) for seed in settings.seeds}
-            for split in SPLITS
+            for split in ANSWERED
         }
         largest = f"pool fixed {self.counts['pool'][-1]}"
         self.admission = {
@@ -124,7 +125,7 @@ class _Study:
         counts = self.counts[arm]
         records = []
         for seed in self.settings.seeds:
-            said = {split: self._of(arm, f"joint_{split}", split, seed) for split in SPLITS}
+            said = {split: self._of(arm, f"joint_{split}", split, seed) for split in ANSWERED}
             right = self._of(arm, "right_test", "test", seed)
             choices = {
                 "as_trained": said["test"].argmax(1),
@@ -239,21 +240,37 @@ class _Study:
             )
         return rows
 
+    def real_images(self, arm: str) -> dict[str, dict[str, float]]:
+        """Mean tokens that each router gives to each kind of real image, set to the target on calibration pictures."""
+        first = self.evidence[self.settings.seeds[0]][arm]
+        found: dict[str, dict[str, float]] = {}
+        for router in ROUTERS if "kinds_real" in first else ():
+            spent: dict[str, list[float]] = {}
+            for seed in self.settings.seeds:
+                calibration = self._of(arm, f"{router}_calibration", "calibration", seed)
+                real, kinds = (self.evidence[seed][arm][name] for name in (f"{router}_real", "kinds_real"))
+                choose = by_value if router in CLASSIFIERS else by_spread
+                choice = choose(calibration, real, self.counts[arm], self.settings.target_mean)
+                for kind in np.unique(kinds):
+                    spent.setdefault(str(kind), []).append(np.asarray(self.counts[arm])[choice[kinds == kind]].mean())
+            found[router] = {kind: round(float(np.mean(values)), 2) for kind, values in spent.items()}
+        return found
+
     def _records(self, arm: str, target: float | None = None) -> list[SeedRecord]:
         return [self._record(arm, seed, target or self.settings.target_mean) for seed in self.settings.seeds]
 
     def _record(self, arm: str, seed: int, target: float) -> SeedRecord:
         counts = self.counts[arm]
-        right = {split: self._of(arm, f"right_{split}", split, seed) for split in SPLITS}
-        families = {split: self.families[split][seed] for split in SPLITS}
+        right = {split: self._of(arm, f"right_{split}", split, seed) for split in ANSWERED}
+        families = {split: self.families[split][seed] for split in ANSWERED}
         choices = {}
         for router in ROUTERS:
             if f"{router}_test" not in self.evidence[seed][arm]:
                 continue
-            calibration, test = (self._of(arm, f"{router}_{split}", split, seed) for split in SPLITS)
+            calibration, test = (self._of(arm, f"{router}_{split}", split, seed) for split in ANSWERED)
             choose = by_value if router in CLASSIFIERS else by_spread
             choices[router] = choose(calibration, test, counts, target)
-        known, unknown = (family_values(right["calibration"], families["calibration"], families[s]) for s in SPLITS)
+        known, unknown = (family_values(right["calibration"], families["calibration"], families[s]) for s in ANSWERED)
         choices["kind_oracle"] = by_value(known, unknown, counts, target)
         choices["random"] = np.random.default_rng(seed).integers(len(counts), size=len(right["test"]))
         choices["oracle"] = oracle(right["test"])
@@ -288,7 +305,7 @@ class _Study:
         found = {}
         for policy in (*ROUTERS, "kind_oracle"):
             values = [area_under_curve(r.choices[policy], oracle(r.right) > 0) for r in self.records[arm]]
-            found[policy] = _known(np.mean(values))
+            found[policy] = _known(float(np.mean(values)))
         return found
 
     def _macro(self, arm: str, mark: int, seed: int) -> float:

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from adaptive_llava.modeling.router_classifier import ClassifierRouter
 from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
 from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
+from adaptive_llava.training.image_source import open_images
 from adaptive_llava.training.router_fit import fit_router, split_images
 from adaptive_llava.training.study.families import FAMILIES, SINGLE, Picture, render
 from adaptive_llava.training.study.settings import Settings
@@ -42,9 +45,10 @@ from adaptive_llava.training.threshold_search import thresholds_for_mean
 from adaptive_llava.training.tiny_model import pixels_of
 
 
-SPLITS = ("calibration", "test")
+ANSWERED = ("calibration", "test")
 CLASSIFIERS = ("classifier", "classifier_cls", "untrained_tower")
 
+_REAL_IMAGES = 120  # of a kind, at most
 _QUESTIONS_OF_A_LABEL = 3
 _RETUNED_EVERY = 100  # steps after which DFMR's thresholds follow the features
 _RETUNED_ON = 280  # pictures
@@ -92,6 +96,23 @@ def arms_of(settings: Settings) -> list[Arm]:
 def pool_counts(settings: Settings) -> list[int]:
     """Tokens of the pooling arms, fewest first."""
     return sorted((settings.grid // factor) ** 2 for factor in settings.factors)
+
+
+@functools.cache
+def real_images(folder: str) -> tuple[list[str], list[Image.Image]]:
+    """Kinds and images of a folder that has a folder of images per kind."""
+    kinds, images = [], []
+    for kind in sorted(path.name for path in Path(folder).iterdir() if path.is_dir()):
+        found = [image for _, image in open_images(Path(folder) / kind, limit=_REAL_IMAGES)]
+        kinds += [kind] * len(found)
+        images += found
+    return kinds, images
+
+
+def _splits(settings: Settings) -> tuple[str, ...]:
+    """Images that the routers are asked about."""
+    real = settings.real_images is not None and Path(settings.real_images).is_dir()
+    return (*ANSWERED, "real") if real else ANSWERED
 
 
 @functools.lru_cache(maxsize=2)
@@ -163,10 +184,10 @@ def train_arm(settings: Settings, seed: int, arm: Arm, folder: Path, deadline: f
         checkpoint=folder / f"{arm.name}.checkpoint",
         deadline=deadline,
     )
-    for split in SPLITS:
+    for split in ANSWERED:
         evidence[f"right_{split}"] = answers(model, processor, pictures_of(settings, split, seed), seed=seed)
     if arm.rungs == "joint":
-        for split in SPLITS:
+        for split in _splits(settings):
             evidence[f"joint_{split}"] = _router_says(
                 model.model.router, _read(settings, model, processor, seed, split)
             )
@@ -176,6 +197,8 @@ def train_arm(settings: Settings, seed: int, arm: Arm, folder: Path, deadline: f
         evidence |= _statistics(settings, seed, model, processor)
         evidence |= _classifiers(settings, seed, model, processor, arm)
     _save_weights(model, folder / f"{arm.name}.pt")
+    if "real" in _splits(settings):
+        evidence["kinds_real"] = np.array(real_images(settings.real_images)[0])
     partial = folder / f"{arm.name}.partial.npz"
     np.savez_compressed(partial, **cast(dict[str, Any], evidence))
     os.replace(partial, folder / f"{arm.name}.npz")
@@ -222,7 +245,7 @@ def _classifiers(settings: Settings, seed: int, model: Any, processor: Any, arm:
     for name, (reader, features) in towers.items():
         router = ClassifierRouter(settings.width, model.model.compressor, features=features)
         train_classifier(router, settings, seed, reader, processor, labels)
-        for split in SPLITS:
+        for split in _splits(settings):
             found[f"{name}_{split}"] = _router_says(router, _read(settings, reader, processor, seed, split))
     return found
 
@@ -247,7 +270,7 @@ def train_classifier(
 def _statistics(settings: Settings, seed: int, model: Any, processor: Any) -> dict[str, np.ndarray]:
     """What DFMR's rule cuts, of features and of pixels, for the images of both splits."""
     found: dict[str, np.ndarray] = {}
-    for split in SPLITS:
+    for split in _splits(settings):
         read = _read(settings, model, processor, seed, split)
         found |= {f"dfmr_{split}": read["feature_spread"], f"pixel_{split}": read["pixel_spread"]}
     return found
@@ -272,15 +295,25 @@ def _read(settings: Settings, model: Any, processor: Any, seed: int, split: str)
         "pixel_spread": PixelStdRouter(settings.width, compressor, windows=windows),
     }
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*readers, *spreads)}
-    pictures = pictures_of(settings, split, seed)
-    for start in range(0, len(pictures), 100):
-        pixels = pixels_of(processor, [picture.pixels for picture in pictures[start : start + 100]])
+    for pixels in _pixels(settings, processor, seed, split):
         features = model.model.extract_features(pixels.to(model.device))
         for name, reader in readers.items():
             parts[name].append(reader.inputs(features).cpu().numpy())
         for name, router in spreads.items():
             parts[name].append(router.window_spread(features).cpu().numpy())
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _pixels(settings: Settings, processor: Any, seed: int, split: str) -> Iterator[torch.Tensor]:
+    """A split's images, a hundred at a time."""
+    if split == "real":
+        _, images = real_images(settings.real_images)
+        for start in range(0, len(images), 100):
+            yield processor(images=images[start : start + 100], return_tensors="pt")["pixel_values"]
+        return
+    pictures = pictures_of(settings, split, seed)
+    for start in range(0, len(pictures), 100):
+        yield pixels_of(processor, [picture.pixels for picture in pictures[start : start + 100]])
 
 
 def _save_weights(model: Any, path: Path) -> None:

@@ -129,6 +129,9 @@ def tables(results: Mapping[str, Any]) -> str:
         parts += [f"## Choices of another compressor's routers, carried out by {answerer}", _exchanged(found)]
     parts += ["## An oracle with a growing share of its choices shuffled", _quality(results["router_quality"])]
     parts += ["## Share of hard images", _shares(results["share_of_hard_images"])]
+    for arm, found in results["real_images"].items():
+        if found:
+            parts += [f"## Tokens that routers on {arm} give to real images", _real(found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -241,6 +244,12 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
             for row in rows
         ],
     )
+
+
+def _real(found: Mapping[str, Any]) -> str:
+    kinds = list(next(iter(found.values())))
+    rows = [[NAMES[router], *(f"{tokens[kind]:.1f}" for kind in kinds)] for router, tokens in found.items()]
+    return _table(["mean tokens", *kinds], rows)
 
 
 def _shares(found: Mapping[str, Any]) -> str:

@@ -41,6 +41,8 @@ class Settings:
         minimum_effect: Smallest gain in macro accuracy that is called one.
         draws: Of the bootstrap.
         device: `"cpu"` or `"cuda"`.
+        real_images: Folder with a folder of images per kind, relative to where the command runs. The routers are asked
+            about them too; nothing is answered, and a folder that is not there is left out.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Settings:
     minimum_effect: float
     draws: int
     device: str = "cpu"
+    real_images: str | None = None
 
     @property
     def layout(self) -> Layout:
