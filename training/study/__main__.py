@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_llava.training.study.pieces import run_pieces
+from adaptive_llava.training.study.pieces import commit, run_pieces
 from adaptive_llava.training.study.settings import Settings, read_settings
 
 
@@ -54,26 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = settings.scaled(options.scale)
     work = Path(options.work or Path("study_work") / settings.name)
     deadline = time.time() + 60 * options.minutes if options.minutes else float("inf")
-    started = time.time()
     if not run_pieces(settings, work, options.workers, deadline):
         print(f"Time is up. The same command goes on from {work}.", flush=True)
         return OUT_OF_TIME
-    write_results(settings, work, Path(options.output), circumstances(options.config, work, time.time() - started))
+    write_results(settings, work, Path(options.output), circumstances(options.config, work, settings.device))
     return 0
 
 
-def circumstances(config: str, work: Path, seconds: float) -> dict[str, Any]:
-    """The command, commit, machine and time of a run."""
-    import torch
-    import transformers
+def circumstances(config: str, work: Path, device: str) -> dict[str, Any]:
+    """The command, commits, machine and time of a run."""
+    from adaptive_llava.training.benchmark import provenance
 
     pieces = [json.loads(path.read_text()) for path in sorted(work.glob("seed_*/*.seconds"))]
-    return {
-        "command": f"python -m adaptive_llava.training.study --config training/study/{Path(config).name}",
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {_accelerator()}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seconds": round(seconds),
+    command = f"python -m adaptive_llava.training.study --config training/study/{Path(config).name}"
+    return provenance(command, device=device, threads=1) | {
+        "trained_at": sorted({piece["commit"] for piece in pieces}),
+        "analysed_at": commit(),
         "cpu_seconds": round(sum(piece["cpu_seconds"] for piece in pieces)),
     }
 
@@ -92,22 +85,6 @@ def write_results(settings: Settings, work: Path, output: Path, around: dict[str
     (output / f"{settings.name}.md").write_text(text, encoding="utf-8")
     draw(results, output)
     print(text, flush=True)
-
-
-def _commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "not in a checkout"
-    return found.stdout.strip()
-
-
-def _accelerator() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -80,4 +81,14 @@ def _leaves(work: Path, seed: int, name: str | None) -> Path:
 
 def _add_seconds(path: Path, seconds: float) -> None:
     before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0
-    path.write_text(json.dumps({"cpu_seconds": before + seconds}))
+    path.write_text(json.dumps({"cpu_seconds": before + seconds, "commit": commit()}))
+
+
+def commit() -> str:
+    """The commit of this code."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a checkout"
+    return found.stdout.strip()

@@ -68,7 +68,7 @@ def headline(results: Mapping[str, Any]) -> str:
     excuse = f" (left out, below {settings['admitted_from']:.0%} at full tokens: {', '.join(left_out)})"
     return (
         f"`{results['command']}`: {len(settings['seeds'])} seeds, {results['cpu_seconds'] / 60:.0f} CPU minutes "
-        f"({results['machine']}), {len(results['admission']) - len(left_out)} kinds of picture"
+        f"({_machine(results)}), {len(results['admission']) - len(left_out)} kinds of picture"
         f"{excuse if left_out else ''}. Routers are set to a mean of {settings['target_mean']:g} tokens on other "
         "pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and "
         "pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
@@ -112,8 +112,9 @@ def tables(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     parts = [
         f"# Does per-image routing pay? ({settings['name']})",
-        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, torch "
-        f"{results['versions']['torch']}, transformers {results['versions']['transformers']}, "
+        f"`{results['command']}`, trained at commit {', '.join(results['trained_at'])}, analysed at "
+        f"{results['analysed_at']} on {results['date']}; {_machine(results)}, torch {results['versions']['torch']}, "
+        f"transformers {results['versions']['transformers']}, "
         f"{results['cpu_seconds'] / 60:.0f} CPU minutes. Means over {len(settings['seeds'])} seeds with 95 % "
         "intervals of a bootstrap over seeds and images; gains in points of macro accuracy.",
     ]
@@ -333,6 +334,11 @@ def _draw_steps(results: Mapping[str, Any], figure: Any) -> None:
     axes.set(xlabel="steps", ylabel="macro accuracy, %", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
