@@ -18,7 +18,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
 .PHONY: quickstart study test test-transformers-4 style check clean
 
-## Build a tiny model, fine-tune it, save, reload, answer questions at a per-image budget.
+## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)")
 

@@ -22,7 +22,8 @@ from adaptive_llava.training.joint_routing import (
     joint_routing_loss,
     main,
 )
-from adaptive_llava.training.joint_routing_study import shuffled_choice, summarise
+from adaptive_llava.training.joint_routing_study import shuffled_choice, summarise, write_images
+from adaptive_llava.training.rendered_images import render_images
 from adaptive_llava.training.sft import build_trainer
 from tests.conftest import tiny_model
 from tests.test_convert import picture
@@ -409,16 +410,21 @@ def test_shuffled_counts_keep_their_mean_and_lose_their_images():
             tokens = chosen if budget == "auto" else int(budget)
             right = kind == "scene" or tokens == 16
             answers[budget].append({"image": str(index), "kind": kind, "tokens": tokens, "right": right})
-    for rows in answers.values():  # the quickstart's scores have a third kind
-        rows.append({"image": "4", "kind": "collage", "tokens": rows[0]["tokens"], "right": True})
     shuffled = shuffled_choice(answers, 0)["shuffled"]
-    assert shuffled["all"]["mean_tokens"] == pytest.approx((1 + 1 + 16 + 16 + 1) / 5)
+    assert shuffled["all"]["mean_tokens"] == pytest.approx((1 + 1 + 16 + 16) / 4)
     assert shuffled["scene"]["accuracy"] == 1
-    assert shuffled["document"]["accuracy"] == pytest.approx(2 / 5, abs=0.06)  # two of five counts are 16
+    assert shuffled["document"]["accuracy"] == pytest.approx(2 / 4, abs=0.06)  # two of four counts are 16
 
 
 def cell(accuracy, tokens):
     return {"accuracy": accuracy, "mean_tokens": tokens, "questions": 100}
+
+
+def test_all_cells_of_documents_are_asked_about(tmp_path):
+    entries = write_images(render_images(60, seed=0), tmp_path)
+    asked = {question for entry in entries if entry["kind"] == "document" for question, _ in entry["questions"]}
+    assert len(asked) == 16
+    assert all(len(entry["questions"]) == 2 and Path(entry["path"]).is_file() for entry in entries)
 
 
 def test_the_summary_asks_every_seed_to_be_within_the_margin():

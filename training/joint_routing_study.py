@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_llava.training.rendered_images import KINDS, RenderedImage, render_images
+
 
 WARM_STEPS, FURTHER_STEPS, BATCH_SIZE = 1500, 400, 32
 LEARNING_RATE = 1e-3
@@ -67,9 +69,7 @@ def run(seeds: Sequence[int], steps_scale: float = 1.0) -> dict[str, Any]:
 
 def run_seed(seed: int, steps_scale: float, *, controls: bool) -> dict[str, Any]:
     """One seed: every arm's accuracy and mean tokens by kind of image."""
-    from adaptive_llava.training.quickstart import write_images
     from adaptive_llava.training.quickstart_report import score
-    from adaptive_llava.training.rendered_images import render_images
     from adaptive_llava.training.tiny_model import build_model, train_from_scratch
 
     router = {"type": "classifier"}
@@ -102,6 +102,18 @@ def run_seed(seed: int, steps_scale: float, *, controls: bool) -> dict[str, Any]
             untrained, _ = build_model(seed, router=router)
             further("cold_start", untrained, joint=True, allow_cold_start=True)
     return {"seed": seed, "counts": list(model.config.visual_token_counts), "arms": arms}
+
+
+def write_images(images: Sequence[RenderedImage], folder: Path) -> list[dict[str, Any]]:
+    """Saves images as PNG; two questions are asked about each, in turn."""
+    entries = []
+    for index, image in enumerate(images):
+        path = folder / f"{image.kind}_{index:03d}.png"
+        image.image.save(path)
+        first = index // len(KINDS)  # not always the same two cells
+        asked = [image.questions[(first + offset) % len(image.questions)] for offset in (0, 1)]
+        entries.append({"path": str(path.resolve()), "kind": image.kind, "questions": asked})
+    return entries
 
 
 def train_further(model: Any, processor: Any, rows: Any, steps: int, *, joint: bool, seed: int, **options: Any) -> Any:
@@ -177,8 +189,6 @@ def shuffled_choice(answers: dict[str, list[dict]], seed: int) -> dict[str, dict
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per kind, over the seeds: accuracy of routing against the largest count only, and the tokens it spent."""
-    from adaptive_llava.training.rendered_images import KINDS
-
     kinds = {}
     for kind in (*KINDS, "all"):
         cells = [
@@ -261,7 +271,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _rows(count: int, seed: int) -> Any:
     from datasets import Dataset
 
-    from adaptive_llava.training.rendered_images import render_images
     from adaptive_llava.training.tiny_model import conversation
 
     rng = np.random.default_rng(seed)

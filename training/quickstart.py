@@ -1,14 +1,16 @@
-"""Build, calibrate, fine-tune, save and reload a small adaptive vision-language model, all in a few minutes on a CPU.
+"""Teach the model that comes with the package a new kind of document, and ask it before and after; on a CPU.
 
     python -m adaptive_llava.training.quickstart
     python -m adaptive_llava.training.quickstart --images my_photos --output my_run
 
-1. Train a tiny model from nothing on images rendered here: scenes, collages, and pages of digits to be read.
-2. Calibrate its router: which images get 1, 4 or 16 visual tokens.
-3. Fine-tune it at those counts with LoRA through TRL's own `SFTTrainer`, merge, and save it with its code.
-4. In a fresh process without this package: load it with `AutoModelForImageTextToText` and ask about unseen images.
+1. Load the shipped model and ask about unseen pictures: how many visual tokens it spends on which kind, and what a
+   fixed number would have answered.
+2. Show it blueprints, a kind of document it has never seen.
+3. Teach its router that blueprints need the most tokens; fine-tune the model at the counts the router chooses, with
+   LoRA through TRL's own `SFTTrainer`, among pictures of the kinds it knows; merge, and save it with its code.
+4. In a fresh process without this package: load it with `AutoModelForImageTextToText` and ask again.
 
-Written to `--output`: `model/`, `model_before_lora/`, `quickstart.png`, `quickstart_results.json`, held-out images.
+Written to `--output`: `model/`, `model_before_lora/`, `quickstart.png`, `quickstart_results.json`, `held_out/`.
 """
 
 from __future__ import annotations
@@ -26,28 +28,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from adaptive_llava.training.new_document import NEW_DOCUMENT, render_blueprints
 from adaptive_llava.training.process_without_package import run_without_package
-from adaptive_llava.training.quickstart_answers import peak_memory_mib
+from adaptive_llava.training.quickstart_answers import answer, peak_memory_mib
 from adaptive_llava.training.quickstart_report import (
     pick_examples,
     print_closing,
     print_examples,
+    print_families,
+    print_model,
+    print_new_kind,
     print_own_images,
     print_scores,
     score,
 )
-from adaptive_llava.training.rendered_images import KINDS, RenderedImage, render_images
+from adaptive_llava.training.study.families import Picture, render
 
 
-SCRATCH_STEPS = 1500
-LORA_STEPS, LORA_IMAGES = 700, 6000
-CALIBRATION_IMAGES = 900
-HELD_OUT_IMAGES = 300
+KNOWN = "known kind"
+KNOWN_QUESTIONS, NEW_QUESTIONS = 560, 200
+TRAINING_PICTURES = 1500  # of the kinds it knows, and as many of the new one
+STEPS = 400
 
+_SHOWN = (*[NEW_DOCUMENT] * 4, "scene", "mosaic", "big_digit", "header", "table", "chart", "page_1", "page_8")
 _MARK = ".written_by_quickstart"
 
-# Sets that share no random numbers.
-SCRATCH_SEED, CALIBRATION_SEED, LORA_SEED, HELD_OUT_SEED = 1, 2, 3, 4
+# Sets that share no random numbers, with each other or with those of the study.
+_KNOWN_SEED, _NEW_SEED, _TRAINING_SEED, _NEW_TRAINING_SEED = 71, 72, 73, 74
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,36 +82,48 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
     Args:
         output: Folder to write to.
         own_images: Images to route beside the rendered ones.
-        steps_scale: Multiplies training steps and image counts.
+        steps_scale: Multiplies training steps and numbers of pictures.
     """
     import torch
 
     torch.set_num_threads(1)  # these matrices are too small to share among threads
     seconds: dict[str, float] = {}
 
-    with _phase("1/4  Train a tiny vision-language model from nothing", seconds, "train_from_scratch"):
-        model, processor = train_model(steps_scale)
+    with _phase("1/4  Load the model that comes with the package, and ask it", seconds, "ask_shipped"):
+        from adaptive_llava.training.study.ship import load_shipped
 
-    with _phase("2/4  Calibrate the router: who gets 1, 4 or 16 visual tokens", seconds, "calibrate"):
-        calibrate(model, processor)
+        model, processor = load_shipped()
+        print_model(model, processor)
+        counts = list(model.config.visual_token_counts)
+        known_pictures = render(_scaled(KNOWN_QUESTIONS, steps_scale), seed=_KNOWN_SEED, test=True)
+        known = write_pictures(known_pictures, output / "held_out", seed=_KNOWN_SEED)
+        shipped = score(ask(model, processor, known))
+        print_families(shipped, counts)
 
-    with _phase("3/4  Fine-tune at those counts: LoRA, TRL's SFTTrainer, merge, save", seconds, "fine_tune"):
+    with _phase(f"2/4  A kind of document it has never seen: the {NEW_DOCUMENT}", seconds, "ask_new"):
+        new_pictures = render_blueprints(_scaled(NEW_QUESTIONS, steps_scale), seed=_NEW_SEED, test=True)
+        new = write_pictures(new_pictures, output / "held_out", seed=_NEW_SEED)
+        untaught = score(ask(model, processor, new))
+        print_new_kind(untaught, counts, NEW_DOCUMENT)
+
+    with _phase("3/4  Teach the router; fine-tune: LoRA, TRL's SFTTrainer, merge, save", seconds, "fine_tune"):
         for part in (model, processor):
             part.save_pretrained(output / "model_before_lora")
-        model = fine_tune(model, processor, steps_scale)
+        model = teach(model, processor, steps_scale)
         model.save_pretrained(output / "model")
         processor.save_pretrained(output / "model")
         print(f"  saved {output / 'model'}: {', '.join(_kinds_of_files(output / 'model'))}")
 
-    with _phase("4/4  Load it in a fresh process without this package, ask about unseen images", seconds, "answer"):
-        answered = answer_in_fresh_process(output, own_images)
+    with _phase("4/4  Load it in a fresh process without this package, and ask again", seconds, "answer"):
+        answered = answer_in_fresh_process(output, [*new, *known], own_images)
 
-    scores = score(answered["answers"])
-    shown = pick_examples(answered["answers"]["auto"])
+    scores = score(answered["answers"], lambda kind: kind if kind == NEW_DOCUMENT else KNOWN)
+    shown = pick_examples(answered["answers"]["auto"], _SHOWN)
     print_examples(shown)
-    print_scores(scores, answered["token_counts"])
-    print_own_images(answered["own_images"])
-    picture = _draw(output, shown, answered["own_images"])
+    print_scores(scores, counts)
+    print_own_images(answered["own_images"], model.config.vision_config.image_size)
+    windows = model.config.compressor["type"] == "average_pool"
+    picture = _draw(output, shown, answered["own_images"], windows=windows)
 
     results = {
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
@@ -112,11 +133,14 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
         },
         "steps_scale": steps_scale,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "thresholds": list(model.config.router["thresholds"]),
-        "calibration": model.config.calibration,
+        "compressor": model.config.compressor["type"],
+        "router": model.config.router["type"],
         "token_counts": answered["token_counts"],
         "package_importable_in_fresh_process": answered["package_importable"],
         "model_class_in_fresh_process": answered["model_class"],
+        "new_document": NEW_DOCUMENT,
+        "shipped": shipped,
+        "new_document_before": untaught,
         "scores": scores,
         "own_images": answered["own_images"],
     }
@@ -125,96 +149,51 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
     return results
 
 
-def train_model(steps_scale: float) -> tuple[Any, Any]:
-    """Phase 1: an untrained model learns to see and to read, always looking at all 16 tokens."""
-
-    from adaptive_llava.training.tiny_model import build_model, train_from_scratch
-
-    model, processor = build_model()
-    steps = _scaled(SCRATCH_STEPS, steps_scale)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"  {size:,} parameters; images rendered on the way: {', '.join(f'{kind}s' for kind in KINDS)}")
-    with _progress_bar("from scratch", steps) as bar:
-
-        def report(step: int, loss: float) -> None:
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-            bar.update()
-
-        train_from_scratch(model, processor, steps=steps, seed=SCRATCH_SEED, report=report)
-    return model, processor
+def ask(model: Any, processor: Any, images: list[dict]) -> dict[str, list[dict]]:
+    """Answers at the router's choice, and at the fewest and the most tokens."""
+    counts = model.config.visual_token_counts
+    budgets = {"smallest": counts[0], "auto": "auto", "largest": counts[-1]}
+    return {name: answer(model, processor, images, budget) for name, budget in budgets.items()}
 
 
-def calibrate(model: Any, processor: Any) -> None:
-    """Phase 2: thresholds at which each third of unseen images gets one of the three counts."""
-    from adaptive_llava.training.calibrate import calibrate_thresholds
+def teach(model: Any, processor: Any, steps_scale: float) -> Any:
+    """Phase 3: first the router, then the model at the counts that it chooses.
 
-    images = render_images(CALIBRATION_IMAGES, seed=CALIBRATION_SEED)
-    batches = (images[start : start + 100] for start in range(0, len(images), 100))
-    calibration = calibrate_thresholds(
-        model,
-        (processor(images=[image.image for image in batch], return_tensors="pt")["pixel_values"] for batch in batches),
-        shares=[1 / 3, 1 / 3, 1 / 3],
-        data_name="rendered images",
-    )
-    calibration.apply(model, processor)
-    print("\n".join(f"  {line}" for line in calibration.summary().splitlines()))
+    A model that is fine-tuned at counts too small to read at would only learn to guess. So the router learns first
+    that the new kind needs the most tokens; the kinds it knows keep what it has given them so far. Fine-tuning changes
+    what the tower sees, and the router reads the tower: it learns the same again afterwards.
+    """
+    from adaptive_llava.training.quickstart_tuning import fine_tune, read, teach_router
 
-
-def fine_tune(model: Any, processor: Any, steps_scale: float) -> Any:
-    """Phase 3: LoRA on the language model, the projector in full, at the counts the router chooses."""
-    import numpy as np
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PrinterCallback, ProgressCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from adaptive_llava.training.lora_targets import fully_trained_modules, language_model_targets
-    from adaptive_llava.training.tiny_model import conversation
-
-    rng = np.random.default_rng(LORA_SEED)
-    images = render_images(_scaled(LORA_IMAGES, steps_scale), seed=LORA_SEED)
-    rows = [{"images": [image.image], "messages": conversation(image, rng)} for image in images]
-    steps = _scaled(LORA_STEPS, steps_scale)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=32,
-                learning_rate=2e-3,
-                lr_scheduler_type="cosine",
-                warmup_steps=max(1, steps // 20),
-                assistant_only_loss=True,
-                max_length=None,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                logging_steps=min(20, steps),
-                save_strategy="no",
-                report_to="none",
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=processor,
-            peft_config=LoraConfig(
-                r=16,
-                lora_alpha=32,
-                target_modules=language_model_targets(model),
-                modules_to_save=fully_trained_modules(model),
-            ),
-        )
-        with _progress_bar("LoRA", steps) as bar:
-            for prints_dictionaries in (ProgressCallback, PrinterCallback):
-                trainer.remove_callback(prints_dictionaries)
-            trainer.add_callback(_show_progress_on(bar))
-            trainer.train()
-    return trainer.model.merge_and_unload()
+    number = _scaled(TRAINING_PICTURES, steps_scale)
+    known = render(number, seed=_TRAINING_SEED)
+    new = render_blueprints(number, seed=_NEW_TRAINING_SEED)
+    pictures = [*known, *new]
+    _, rungs = read(model, processor, pictures)
+    counts = np.asarray(model.config.visual_token_counts)
+    print(f"  the router gives a {NEW_DOCUMENT} {counts[rungs[number:]].mean():.1f} tokens; it learns: {counts[-1]}")
+    rungs[number:] = len(counts) - 1
+    teach_router(model, processor, pictures, rungs)
+    model = fine_tune(model, processor, pictures, _scaled(STEPS, steps_scale), seed=_TRAINING_SEED)
+    teach_router(model, processor, pictures, rungs)
+    return model
 
 
-def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[str, Any]:
-    """Phase 4: hand the saved folder and unseen images to a process that has only the usual libraries."""
-    held_out = render_images(HELD_OUT_IMAGES, seed=HELD_OUT_SEED)
+def write_pictures(pictures: Sequence[Picture], folder: Path, *, seed: int) -> list[dict[str, Any]]:
+    """Save pictures as PNG; one question is asked about each, drawn with `seed`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    entries = []
+    for index, picture in enumerate(pictures):
+        path = folder / f"{picture.family}_{index:03d}.png"
+        picture.image.save(path)
+        asked = picture.questions[int(rng.integers(len(picture.questions)))]
+        entries.append({"path": str(path.resolve()), "kind": picture.family, "questions": [asked]})
+    return entries
+
+
+def answer_in_fresh_process(output: Path, images: list[dict], own_images: Sequence[Path]) -> dict[str, Any]:
+    """Phase 4: hand the saved folders and unseen images to a process that has only the usual libraries."""
     with tempfile.TemporaryDirectory() as folder:
         answers_file = Path(folder) / "answers.json"
         job = {
@@ -222,7 +201,7 @@ def answer_in_fresh_process(output: Path, own_images: Sequence[Path]) -> dict[st
                 "before": str((output / "model_before_lora").resolve()),
                 "after": str((output / "model").resolve()),
             },
-            "images": write_images(held_out, output / "held_out"),
+            "images": images,
             "own_images": [str(path.resolve()) for path in own_images],
             "output": str(answers_file),
         }
@@ -280,12 +259,15 @@ def prepare_output(folder: str | os.PathLike) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adaptive_llava.training.quickstart",
-        description="Build, fine-tune, save and reload a small adaptive vision-language model on the CPU.",
+        description="Teach the shipped model a new kind of document, save it, and ask it elsewhere; on the CPU.",
     )
     parser.add_argument("--images", help="folder of your own images, to see how many tokens each would get")
     parser.add_argument("--output", default="quickstart_output", help="folder to write to (%(default)s)")
     parser.add_argument(
-        "--steps-scale", type=float, default=1.0, help="multiplies training steps and image counts (%(default)s)"
+        "--steps-scale",
+        type=float,
+        default=1.0,
+        help="multiplies training steps and numbers of pictures (%(default)s)",
     )
     return parser
 
@@ -304,27 +286,6 @@ def _phase(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
     print(f"  {seconds[name]:.0f} s", flush=True)
 
 
-def _progress_bar(what: str, steps: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=steps, desc=f"  {what}", unit="step", mininterval=1, ncols=100)
-
-
-def _show_progress_on(bar: Any) -> Any:
-    """A callback that moves our bar."""
-    from transformers import TrainerCallback
-
-    class ShowProgress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            bar.update()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                bar.set_postfix(loss=f"{float(logs['loss']):.2f}", refresh=False)
-
-    return ShowProgress()
-
-
 def _quieten_libraries() -> None:
     import transformers
 
@@ -334,19 +295,6 @@ def _quieten_libraries() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def write_images(images: Sequence[RenderedImage], folder: Path) -> list[dict[str, Any]]:
-    """Saves images as PNG; two questions are asked about each, in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for index, image in enumerate(images):
-        path = folder / f"{image.kind}_{index:03d}.png"
-        image.image.save(path)
-        first = index // len(KINDS)  # not always the same two cells
-        asked = [image.questions[(first + offset) % len(image.questions)] for offset in (0, 1)]
-        entries.append({"path": str(path.resolve()), "kind": image.kind, "questions": asked})
-    return entries
-
-
 def _kinds_of_files(folder: Path) -> list[str]:
     """Names of the files that matter, with the code files counted."""
     names = sorted(path.name for path in folder.iterdir())
@@ -354,11 +302,12 @@ def _kinds_of_files(folder: Path) -> list[str]:
     return [*(name for name in names if name.endswith((".safetensors", ".json"))), f"{len(code)} code files"]
 
 
-def _draw(output: Path, shown: list[dict], own_images: list[dict]) -> Path:
+def _draw(output: Path, shown: list[dict], own_images: list[dict], *, windows: bool) -> Path:
     from adaptive_llava.training.quickstart_picture import draw_picture
 
     path = output / "quickstart.png"
-    draw_picture([*shown, *own_images[:8]], path, title="Every image at the number of visual tokens chosen for it")
+    title = "Every image at the number of visual tokens chosen for it"
+    draw_picture([*shown, *own_images[:8]], path, title=title, windows=windows)
     return path
 
 

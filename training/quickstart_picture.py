@@ -1,4 +1,4 @@
-"""The quickstart's picture: images with the windows each was pooled into, token counts and answers."""
+"""The quickstart's picture: images with token counts and answers, and the windows each was pooled into."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _MARGIN, _ABOVE, _BELOW = 10, 34, 56  # pixels around it, for the texts
 _WINDOW, _RIGHT, _WRONG, _PLAIN = "#e0218a", "#1b7f3b", "#c0392b", "#444444"
 
 
-def draw_picture(rows: Sequence[dict[str, Any]], path: str | os.PathLike, *, title: str) -> None:
+def draw_picture(rows: Sequence[dict[str, Any]], path: str | os.PathLike, *, title: str, windows: bool) -> None:
     """Writes a PNG with one panel per image.
 
     Args:
         rows: Per image `image` (path) and `tokens`; with `question`, `answer`, `right` and `expected` also those.
         path: File to write.
         title: Heading of the picture.
+        windows: Draw the windows, where every token is one of a square grid.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,11 +41,11 @@ def draw_picture(rows: Sequence[dict[str, Any]], path: str | os.PathLike, *, tit
     for axes in panels:
         axes.axis("off")
     for axes, row in zip(panels, rows, strict=False):
-        _draw_panel(axes, row)
+        _draw_panel(axes, row, windows)
     figure.savefig(path, dpi=100)
 
 
-def _draw_panel(axes: Any, row: dict[str, Any]) -> None:
+def _draw_panel(axes: Any, row: dict[str, Any], windows: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     with Image.open(row["image"]) as image:
@@ -59,7 +60,7 @@ def _draw_panel(axes: Any, row: dict[str, Any]) -> None:
         "edgecolor": _WINDOW,
         "linewidth": 1.6,
     }
-    for index in range(side * side):
+    for index in range(side * side if windows else 0):
         corner = (index % side * window + gap, index // side * window + gap)
         axes.add_patch(FancyBboxPatch(corner, window - 2 * gap, window - 2 * gap, **rounded))
     centre = {"x": _SIDE / 2, "ha": "center"}

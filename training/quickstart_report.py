@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_llava.training.rendered_images import KINDS
 
+def score(answers: dict[str, list[dict]], group: Callable[[str], str] = str) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy and mean tokens by budget and kind, in the order of the answers; `all` kinds together at the end.
 
-SHOWN_PER_KIND = 4
-
-
-def score(answers: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy and mean tokens by budget and kind, `all` kinds together at the end."""
+    Args:
+        answers: By budget.
+        group: Name under which a kind is counted; by default its own.
+    """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for budget, rows in answers.items():
-        groups = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS} | {"all": rows}
+        names = dict.fromkeys(group(row["kind"]) for row in rows)
+        groups = {name: [row for row in rows if group(row["kind"]) == name] for name in names} | {"all": rows}
         table[budget] = {
-            kind: {
+            name: {
                 "accuracy": sum(row["right"] for row in group) / len(group),
                 "mean_tokens": sum(row["tokens"] for row in group) / len(group),
                 "questions": len(group),
             }
-            for kind, group in groups.items()
+            for name, group in groups.items()
         }
     return table
 
 
-def pick_examples(rows: Sequence[dict]) -> list[dict]:
-    """The first question of the first few images of each kind, as they come."""
+def pick_examples(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
+    """One question per image, whether right or wrong; the next image of each kind in turn, as long as there is one.
+
+    Args:
+        rows: Answers.
+        kinds: Kind of each image to show; repeat one to show more of it.
+    """
     first_questions = {row["image"]: row for row in reversed(rows)}
     ordered = [row for row in rows if first_questions[row["image"]] is row]
-    return [row for kind in KINDS for row in [row for row in ordered if row["kind"] == kind][:SHOWN_PER_KIND]]
+    waiting = {kind: iter([row for row in ordered if row["kind"] == kind]) for kind in kinds}
+    found = (next(waiting[kind], None) for kind in kinds)
+    return [row for row in found if row is not None]
+
+
+def print_model(model: Any, processor: Any) -> None:
+    """What the loaded model is."""
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    image = config.vision_config.image_size
+    rows, columns = config.vision_grid
+    print(f"  {parameters:,} weights; images of {image} x {image} pixels in {rows} x {columns} patches")
+    print(
+        f"  compressor {config.compressor['type']}: {', '.join(map(str, config.visual_token_counts))} visual tokens; "
+        f"router: {config.router['type']}"
+    )
+    print(f"  {len(processor.tokenizer)} words, as in 'which digit at r2c3'")
+
+
+def print_families(scores: dict[str, Any], counts: Sequence[int]) -> None:
+    """Tokens per image and accuracy, one line per kind of picture."""
+    questions = scores["auto"]["all"]["questions"]
+    print(f"\n  {questions} unseen pictures, in fonts that no training picture had, one question each\n")
+    print(f"  {'kind':<14}{'tokens':>7}{'right':>8}{f'always {counts[0]}':>12}{f'always {counts[-1]}':>12}")
+    for kind, chosen in scores["auto"].items():
+        print(
+            f"  {kind:<14}{chosen['mean_tokens']:>7.1f}{chosen['accuracy']:>8.0%}"
+            f"{scores['smallest'][kind]['accuracy']:>12.0%}{scores['largest'][kind]['accuracy']:>12.0%}"
+        )
+
+
+def print_new_kind(scores: dict[str, Any], counts: Sequence[int], what: str) -> None:
+    """How the model does on the new kind of document before it is taught."""
+    chosen, largest = scores["auto"]["all"], scores["largest"]["all"]
+    print(
+        f"  {chosen['questions']} {what}s: {chosen['accuracy']:.0%} right at the {chosen['mean_tokens']:.1f} tokens "
+        f"it chooses, {largest['accuracy']:.0%} at {counts[-1]}; guessing gives 10%"
+    )
 
 
 def print_examples(rows: Sequence[dict]) -> None:
     """One line per image: tokens, question, answer, right or wrong."""
-    print("\nHeld-out images, each at the number of tokens the router chose\n")
+    print("\nUnseen pictures, each at the number of tokens the router chose\n")
     print(f"  {'image':<18}{'tokens':>6}  {'question':<31}{'answer':<10}")
     for row in rows:
         verdict = "right" if row["right"] else f"WRONG, it is {row['expected']}"
@@ -45,30 +88,34 @@ def print_examples(rows: Sequence[dict]) -> None:
         print(f"  {name:<18}{row['tokens']:>6}  {question:<31}{row['answer']:<10}{verdict}")
 
 
-def print_scores(scores: dict[str, Any], counts: Sequence[int]) -> None:
-    """Accuracy and mean tokens, one line per run and one column per kind."""
-    labels = {
-        "before_largest": f"before LoRA, always {counts[-1]}",
-        "before_auto": "before LoRA, per image",
-        "smallest": f"after LoRA, always {counts[0]}",
-        "auto": "after LoRA, per image",
-        "largest": f"after LoRA, always {counts[-1]}",
+def run_labels(counts: Sequence[int]) -> dict[str, str]:
+    """What each run of the fresh process is called in tables."""
+    return {
+        "before_auto": "before, per image",
+        "before_largest": f"before, always {counts[-1]}",
+        "auto": "after, per image",
+        "smallest": f"after, always {counts[0]}",
+        "largest": f"after, always {counts[-1]}",
     }
-    questions = ", ".join(f"{scores['auto'][kind]['questions']} about {kind}s" for kind in KINDS)
+
+
+def print_scores(scores: dict[str, Any], counts: Sequence[int]) -> None:
+    """Accuracy and mean tokens before and after fine-tuning, one line per run and one column per kind."""
+    kinds = [kind for kind in scores["auto"] if kind != "all"]
+    questions = ", ".join(f"{scores['auto'][kind]['questions']} about {kind}s" for kind in kinds)
     print(f"\nAccuracy, and mean tokens per image in brackets ({questions})\n")
-    print("  " + " " * 24 + "".join(f"{kind:>15}" for kind in (*KINDS, "all")))
-    for run, label in labels.items():
-        cells = (scores[run][kind] for kind in (*KINDS, "all"))
-        print(f"  {label:<24}" + "".join(f"{cell['accuracy']:>8.1%} ({cell['mean_tokens']:4.1f})" for cell in cells))
-    print(f"\n  LoRA saw each image only at its own count; it was not tuned for {counts[-1]} tokens everywhere.")
+    print("  " + " " * 20 + "".join(f"{f'{kind}s':>20}" for kind in kinds))
+    for run, label in run_labels(counts).items():
+        cells = (scores[run][kind] for kind in kinds)
+        print(f"  {label:<20}" + "".join(f"{cell['accuracy']:>13.1%} ({cell['mean_tokens']:4.1f})" for cell in cells))
 
 
-def print_own_images(routed: Sequence[dict]) -> None:
+def print_own_images(routed: Sequence[dict], side: int) -> None:
     """Tokens of each of the user's own images, if there are any."""
     if not routed:
         return
-    print("\nYour images, which this tiny model sees at 64 x 64 pixels and was never trained on: the counts show how")
-    print("routing works, not how many tokens they deserve\n")
+    print(f"\nYour images, which this small model sees at {side} x {side} pixels and was never trained on: the counts")
+    print("show how routing works, not how many tokens they deserve\n")
     for row in routed:
         print(f"  {row['tokens']:>3} tokens  {row['image']}")
     print(f"  mean {sum(row['tokens'] for row in routed) / len(routed):.1f} tokens over {len(routed)} images")

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptive_llava.training.quickstart_report import run_labels
+
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end figures -->", re.DOTALL)
@@ -125,28 +127,37 @@ def benchmark(result: dict[str, Any]) -> str:
 
 
 def quickstart(result: dict[str, Any]) -> str:
-    """Accuracy and tokens of the model that the quickstart trains."""
-    counts, scores = result["token_counts"], result["scores"]
-    labels = {
-        "before_largest": f"before fine-tuning, always {counts[-1]}",
-        "before_auto": "before fine-tuning, per image",
-        "smallest": f"fine-tuned, always {counts[0]}",
-        "auto": "fine-tuned, per image",
-        "largest": f"fine-tuned, always {counts[-1]}",
-    }
-    kinds = list(scores["auto"])
+    """What the shipped model spends and answers, and what it learns in the quickstart."""
+    counts, scores, new = result["token_counts"], result["scores"], result["new_document"]
+    shipped = result["shipped"]["auto"]
+    kinds = sorted((kind for kind in shipped if kind != "all"), key=lambda kind: shipped[kind]["mean_tokens"])
+    spent = " and ".join(f"{shipped[kind]['mean_tokens']:.1f} on a `{kind}`" for kind in (kinds[0], kinds[-1]))
+    known = next(kind for kind in scores["auto"] if kind not in (new, "all"))
     rows = [
-        [label, *(f"{scores[name][kind]['accuracy']:.0%} ({scores[name][kind]['mean_tokens']:.1f})" for kind in kinds)]
-        for name, label in labels.items()
+        [
+            label,
+            *(
+                f"{scores[run][kind]['accuracy']:.0%} ({scores[run][kind]['mean_tokens']:.1f})"
+                for kind in (new, known)
+            ),
+        ]
+        for run, label in run_labels(counts).items()
     ]
+    questions = {kind: scores["auto"][kind]["questions"] for kind in (new, known)}
     return (
-        f"`make quickstart` builds this model of {result['parameters'] / 1e6:.1f} million parameters from nothing in "
-        f"{result['seconds']['total'] / 60:.1f} minutes on a CPU ({result['peak_memory_mib']['training']} MiB at "
-        f"most). {scores['auto']['all']['questions']} held-out questions, right answers and mean visual tokens:\n\n"
-        + table(["tokens", *kinds], rows)
-        + "\n\nFine-tuning (LoRA, stock `SFTTrainer`) showed every image at its routed count only, so the figure to "
-        f"compare with is the model before it at {counts[-1]} tokens. The three kinds of image were made to need "
-        "different counts: this shows the mechanism, not that routing pays on real images."
+        f"The package comes with a model of {result['parameters'] / 1e6:.1f} million weights that reads {len(kinds)} "
+        f"kinds of drawn pictures at {', '.join(map(str, counts))} visual tokens (`{result['compressor']}`, router: "
+        f"`{result['router']}`). On unseen pictures it chooses {spent}, {shipped['all']['mean_tokens']:.1f} on "
+        f"average, and answers {shipped['all']['accuracy']:.0%} right; always at {counts[-1]} it would be "
+        f"{result['shipped']['largest']['all']['accuracy']:.0%}, always at {counts[0]} "
+        f"{result['shipped']['smallest']['all']['accuracy']:.0%}. `make quickstart` teaches it {new}s, a kind of "
+        f"document it has never seen, in {result['seconds']['total'] / 60:.1f} minutes on a CPU "
+        f"({result['peak_memory_mib']['training']} MiB at most). Right answers and mean visual tokens to "
+        f"{questions[new]} questions about {new}s and {questions[known]} about the kinds it knew:\n\n"
+        + table(["fine-tuning, tokens", f"{new}s", f"{known}s"], rows)
+        + f"\n\nThe router gave {new}s {scores['before_auto'][new]['mean_tokens']:.1f} tokens, so it was taught first "
+        "that they need the most (`train-router` does this for a folder of images); then LoRA, with stock "
+        "`SFTTrainer`, at the counts it chooses, among pictures of the known kinds."
     )
 
 

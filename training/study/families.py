@@ -125,8 +125,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class _Style:
-    """Random choices that all parts of a picture share."""
+class Style:
+    """Random choices that all parts of a picture share.
+
+    Args:
+        layout: Size of the picture.
+        rng: Where they come from.
+        fonts: Names of matplotlib's fonts, to pick from.
+        rulings: Names of rulings, to pick from.
+    """
 
     layout: Layout
     rng: np.random.Generator
@@ -169,17 +176,18 @@ def render(
     drawn = []
     for index in range(start, start + count):
         family = families[index % len(families)]
-        style = _Style(layout, np.random.default_rng((seed, int(test), index)), fonts, rulings)
+        style = Style(layout, np.random.default_rng((seed, int(test), index)), fonts, rulings)
         pixels, questions, contents = FAMILIES[family](style)
         drawn.append(Picture(pixels.clip(0, 255).astype(np.uint8), family, tuple(questions), contents))
     return drawn
 
 
-def _ask(what: str, place: str | None = None) -> str:
+def ask(what: str, place: str | None = None) -> str:
+    """A question in the models' words."""
     return f"which {what}" if place is None else f"which {what} at {place}"
 
 
-def _scene(style: _Style, ground: Callable[[_Style], np.ndarray]) -> Any:
+def _scene(style: Style, ground: Callable[[Style], np.ndarray]) -> Any:
     rng = style.rng
     shape, colour = style.pick(SHAPES), style.pick(list(COLOURS))
     radius = style.layout.size * rng.uniform(0.26, 0.38)
@@ -188,10 +196,10 @@ def _scene(style: _Style, ground: Callable[[_Style], np.ndarray]) -> Any:
     mask = _shape_mask(style.layout, shape, centre, radius)
     contents = _ground_contents(style, ground)
     contents[_coverage(style.layout, mask) > _VISIBLE_SHARE] = CONTENTS.index(shape)
-    return _blend(pixels, COLOURS[colour], mask), [(_ask("colour"), colour), (_ask("shape"), shape)], contents
+    return _blend(pixels, COLOURS[colour], mask), [(ask("colour"), colour), (ask("shape"), shape)], contents
 
 
-def _mosaic(style: _Style, ground: Callable[[_Style], np.ndarray]) -> Any:
+def _mosaic(style: Style, ground: Callable[[Style], np.ndarray]) -> Any:
     rng, pixels, contents = style.rng, ground(style), _ground_contents(style, ground)
     questions, side = [], 2 * style.layout.cell
     for index, place in enumerate(style.layout.squares):
@@ -203,20 +211,20 @@ def _mosaic(style: _Style, ground: Callable[[_Style], np.ndarray]) -> Any:
         mask = np.zeros(pixels.shape[:2])
         mask[top : top + extent, left : left + extent] = 1
         contents[_coverage(style.layout, mask) > _VISIBLE_SHARE] = CONTENTS.index(colour)
-        questions.append((_ask("colour", place), colour))
+        questions.append((ask("colour", place), colour))
     return pixels, questions, contents
 
 
-def _big_digit(style: _Style) -> Any:
+def _big_digit(style: Style) -> Any:
     rng, pixels = style.rng, _paper(style)
     digit = int(rng.integers(10))
     glyph = _glyph(style.pick(style.fonts), digit, int(style.layout.size * rng.uniform(0.5, 0.75)))
     corner = _somewhere(rng, glyph, style.layout.size)
     _paste(pixels, glyph, *corner, _ink(rng))
-    return pixels, [(_ask("digit"), str(digit))], _contents_under(style.layout, glyph, corner, digit)
+    return pixels, [(ask("digit"), str(digit))], _contents_under(style.layout, glyph, corner, digit)
 
 
-def _empty_form(style: _Style) -> Any:
+def _empty_form(style: Style) -> Any:
     """Lines for entries, none of them filled in, and one sign of 2 x 2 cells."""
     rng, pixels, size, cell = style.rng, _paper(style), style.layout.size, style.layout.cell
     ink = _ink(rng)
@@ -229,20 +237,20 @@ def _empty_form(style: _Style) -> Any:
     pixels[row : row + 2 * cell, column : column + 2 * cell] = pixels[0, 0]
     _paste(pixels, glyph, row + down, column + right, ink)
     contents = _contents_under(style.layout, glyph, (row + down, column + right), digit)
-    return pixels, [(_ask("digit"), str(digit))], contents
+    return pixels, [(ask("digit"), str(digit))], contents
 
 
-def _faint_page(style: _Style) -> Any:
+def _faint_page(style: Style) -> Any:
     rng, pixels = style.rng, _paper(style)
     digit, cell = int(rng.integers(10)), int(rng.integers(style.layout.grid**2))
     ink = pixels[0, 0] - rng.uniform(_FAINT / 2, _FAINT)
-    _digit_in_cell(style, pixels, cell, digit, ink)
+    digit_in_cell(style, pixels, cell, digit, ink)
     contents = np.full(style.layout.grid**2, CONTENTS.index("ground"))
     contents[cell] = digit
-    return pixels, [(_ask("digit"), str(digit))], contents
+    return pixels, [(ask("digit"), str(digit))], contents
 
 
-def _page(style: _Style, share: float) -> Any:
+def _page(style: Style, share: float) -> Any:
     """A page on which a share of the cells holds a digit each, the others a digit's pixels in disorder."""
     entries = round(share * style.layout.grid**2)
     rng, pixels = style.rng, _paper(style)
@@ -252,24 +260,24 @@ def _page(style: _Style, share: float) -> Any:
     questions = []
     for place, cell in enumerate(cells):
         digit = int(rng.integers(10))
-        _digit_in_cell(style, pixels, int(cell), digit, _ink(rng), disorder=place >= entries)
+        digit_in_cell(style, pixels, int(cell), digit, _ink(rng), disorder=place >= entries)
         if place < entries:
             contents[cell] = digit
-            questions.append((_ask("digit", style.layout.cells[cell]), str(digit)))
+            questions.append((ask("digit", style.layout.cells[cell]), str(digit)))
     return pixels, questions, contents
 
 
-def _header(style: _Style) -> Any:
+def _header(style: Style) -> Any:
     pixels, _, contents = _page(style, style.rng.random())
     colour = style.pick(list(COLOURS))
     band = np.zeros(pixels.shape[:2])
     band[: style.layout.cell] = style.rng.uniform(0.75, 0.95)
     contents = contents.copy()
     contents[: style.layout.grid] = CONTENTS.index(colour)
-    return _blend(pixels, COLOURS[colour], band), [(_ask("header"), colour)], contents
+    return _blend(pixels, COLOURS[colour], band), [(ask("header"), colour)], contents
 
 
-def _chart(style: _Style) -> Any:
+def _chart(style: Style) -> Any:
     rng, pixels, grid, cell = style.rng, _paper(style), style.layout.grid, style.layout.cell
     contents = np.full((grid, grid), CONTENTS.index("ground"))
     ink = _ink(rng)
@@ -283,33 +291,33 @@ def _chart(style: _Style) -> Any:
         if rng.random() < 0.5:  # an outline
             pixels[top + 1 :, left + 1 : left + width - 1] = pixels[0, 0]
         contents[grid - height :, column] = CONTENTS.index("bar")
-        questions.append((_ask("height", bar), style.layout.heights[height - 1]))
+        questions.append((ask("height", bar), style.layout.heights[height - 1]))
     return pixels, questions, contents.reshape(-1)
 
 
-def _soft(style: _Style) -> np.ndarray:
+def _soft(style: Style) -> np.ndarray:
     top, bottom = style.rng.uniform(170, 245, size=(2, 3))
     ramp = np.linspace(0, 1, style.layout.size)[:, None, None]
     return top * (1 - ramp) + bottom * ramp + style.rng.normal(0, 4, size=(style.layout.size, style.layout.size, 1))
 
 
-def _textured(style: _Style) -> np.ndarray:
+def _textured(style: Style) -> np.ndarray:
     """A page on which every cell holds a digit's pixels in disorder."""
     return _page(style, 0)[0]
 
 
-def _ground_contents(style: _Style, ground: Callable[[_Style], np.ndarray]) -> np.ndarray:
+def _ground_contents(style: Style, ground: Callable[[Style], np.ndarray]) -> np.ndarray:
     return np.full(style.layout.grid**2, CONTENTS.index("filler" if ground is _textured else "ground"))
 
 
-def _paper(style: _Style) -> np.ndarray:
+def _paper(style: Style) -> np.ndarray:
     tint = style.rng.uniform(200, 250) + style.rng.uniform(-8, 8, size=3)
     return np.broadcast_to(tint, (style.layout.size, style.layout.size, 3)) + style.rng.normal(
         0, 2, size=(style.layout.size, style.layout.size, 1)
     )
 
 
-def _rule(style: _Style, pixels: np.ndarray) -> None:
+def _rule(style: Style, pixels: np.ndarray) -> None:
     ruling, colour = style.pick(style.rulings), style.rng.uniform(160, 200)
     cell = style.layout.cell
     lines = slice(cell - 1, style.layout.size - 1, cell)
@@ -325,9 +333,19 @@ def _ink(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(10, 80) + rng.uniform(-10, 10, size=3)
 
 
-def _digit_in_cell(
-    style: _Style, pixels: np.ndarray, cell: int, digit: int, ink: np.ndarray, *, disorder: bool = False
+def digit_in_cell(
+    style: Style, pixels: np.ndarray, cell: int, digit: int, ink: np.ndarray, *, disorder: bool = False
 ) -> None:
+    """Draw a digit somewhere in a cell, or its pixels in another order.
+
+    Args:
+        style: Picks font and place.
+        pixels: `(size, size, 3)`, changed in place.
+        cell: Index of the cell, row-major.
+        digit: 0 to 9.
+        ink: Its colour, `(3,)`.
+        disorder: Shuffle the pixels of the digit.
+    """
     side = style.layout.cell
     glyph = _glyph(style.pick(style.fonts), digit, side - 1)
     if disorder:
@@ -387,7 +405,7 @@ def _glyph(font: str, digit: int, height: int) -> np.ndarray:
     raise ValueError(f"`height={height}` is too small for a digit.")
 
 
-FAMILIES: dict[str, Callable[[_Style], Any]] = {
+FAMILIES: dict[str, Callable[[Style], Any]] = {
     "scene": lambda style: _scene(style, _soft),
     "mosaic": lambda style: _mosaic(style, _soft),
     "busy_scene": lambda style: _scene(style, _textured),
