@@ -87,6 +87,12 @@ def _answers(results: Mapping[str, Any]) -> str:
         chooser = "resampler" if answerer == "pool" else "pool"
         own, other = (found[f"{who} classifier"]["over_chord"] for who in ("own", f"{chooser}'s"))
         crossed.append(f"{answerer} with its own classifier {_gain(own)}, with that of {chooser} {_gain(other)}")
+    on_pool = results["exchanged"]["pool"]
+    oracles = ", ".join(
+        f"{NAMES[name]} {_gain(on_pool[f'{who} {name}']['over_chord'])} by {whose}"
+        for name in ("kind_oracle", "oracle")
+        for who, whose in (("own", "its own answers"), ("resampler's", "the resampler's"))
+    )
     one, most = (f"resampler fixed {results['settings']['counts'][end]}" for end in (0, -1))
     marks = list(results["steps"][one])
     ahead = [mark for mark in marks if results["steps"][one][mark] > results["steps"][most][mark]]
@@ -102,7 +108,8 @@ def _answers(results: Mapping[str, Any]) -> str:
     return (
         f"Routers trained jointly with their model, over the best fixed budget of the same weights: {joint}. Trained "
         "on DFMR's choices instead of random ones, both routed by DFMR: "
-        f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Trained at "
+        f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Of oracles, "
+        f"on pool: {oracles}; what a count answers right on an image is luck and weights for the most part. Trained at "
         f"one count from the same base: {early} ({first}, {last})."
     )
 
