@@ -109,7 +109,7 @@ def _answers(results: Mapping[str, Any]) -> str:
         f"Routers trained jointly with their model, over the best fixed budget of the same weights: {joint}. Trained "
         "on DFMR's choices instead of random ones, both routed by DFMR: "
         f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Of oracles, "
-        f"on pool: {oracles}; what a count answers right on an image is luck and weights for the most part. Trained at "
+        f"on pool: {oracles}. Trained at "
         f"one count from the same base: {early} ({first}, {last})."
     )
 
