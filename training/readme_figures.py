@@ -303,9 +303,13 @@ def study_cpu(result: dict[str, Any]) -> str:
     """The study's primary comparison, its further answers and its plots."""
     from adaptive_llava.training.study.report import headline
 
-    plots = (("gain", "Gain over the best fixed budget"), ("hard_share", "Gain against the share of hard images"),
-             ("router_quality", "Gain against the quality of the router"))  # fmt: skip
-    shown = "\n".join(f"![{what}](training/study/results/cpu_{name}.png)" for name, what in plots)
+    plots = {
+        "frontier": "Accuracy against mean tokens",
+        "gain": "Gain over the best fixed budget",
+        "hard_share": "Gain against the share of hard images",
+        "router_quality": "Gain against the quality of the router",
+    }
+    shown = "\n".join(f"![{what}](training/study/results/cpu_{name}.png)" for name, what in plots.items())
     return f"{headline(result)} All tables: `training/study/results/cpu.md`.\n\n{shown}"
 
 
