@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.training.sft import RECIPES
-from tests.conftest import tiny_model
+from tests.conftest import leave_together, tiny_model
 from tests.test_pretrain import captions
 from tests.test_sft import message_dataset, save
 
@@ -191,8 +191,7 @@ def as_one_of_two(folder: str) -> None:
         options = [*options_of(Path(folder), "sft", output, 1), "--optim", "adamw_torch", "--learning_rate", "1e-3"]
         trainer, witness, _ = train("sft", [*options, *saving, *more])
         Path(output, f"passes-{rank}.json").write_text(json.dumps(len(witness.had_images)))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave_together()
 
 
 def batch_of(trainer, row: int) -> dict:

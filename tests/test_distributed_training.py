@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from adaptive_llava.training.lora_targets import freeze_vision_tower, fully_trained_modules, language_model_targets
-from tests.conftest import IMAGE_TOKEN, TINY_COMPRESSORS, TINY_ROUTERS, tiny_model
+from tests.conftest import IMAGE_TOKEN, TINY_COMPRESSORS, TINY_ROUTERS, leave_together, tiny_model
 from tests.test_anyres_models import pixels_of
 
 
@@ -96,8 +96,7 @@ def as_one_of_two(folder: str) -> None:
         save_file(gradients, f"{folder}/{way}-{rank}.safetensors")
     facts = {"pid": os.getpid(), "processes": accelerator.num_processes, "wrapped": type(model).__name__}
     Path(folder, f"{rank}.json").write_text(json.dumps(facts))
-    accelerator.wait_for_everyone()  # a process that leaves first may take the other with it
-    accelerator.end_training()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

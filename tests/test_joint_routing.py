@@ -25,7 +25,7 @@ from adaptive_llava.training.joint_routing import (
 from adaptive_llava.training.joint_routing_study import shuffled_choice, summarise, write_images
 from adaptive_llava.training.rendered_images import render_images
 from adaptive_llava.training.sft import build_trainer
-from tests.conftest import tiny_model
+from tests.conftest import leave_together, tiny_model
 from tests.test_convert import picture
 from tests.test_sft import ANSWERS, inputs_of, logits_of, message_dataset, save, tiny_processor, turns
 
@@ -300,9 +300,8 @@ def in_order(folder, batch):
     trainer.train()
     trainer.save_model()
     trainer.save_state()
-    if torch.distributed.is_initialized():  # leave together: gloo's threads must end before the interpreter does
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        leave_together()
 
 
 def logged(folder):
@@ -318,7 +317,12 @@ def test_two_processes_end_where_one_does(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(tmp_path / "two"), "2"], env=environment, capture_output=True, text=True, check=False
+        [*launch, str(tmp_path / "two"), "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     in_order(tmp_path / "one", 4)
