@@ -30,7 +30,8 @@ from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
 from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
 from adaptive_llava.training.image_source import open_images
 from adaptive_llava.training.router_fit import fit_router, split_images
-from adaptive_llava.training.study.families import FAMILIES, SINGLE, Picture, render
+from adaptive_llava.training.study.appearance import told_apart
+from adaptive_llava.training.study.families import FAMILIES, PAIRS, SINGLE, Picture, render
 from adaptive_llava.training.study.settings import Settings
 from adaptive_llava.training.study.small_model import (
     Rungs,
@@ -46,7 +47,7 @@ from adaptive_llava.training.tiny_model import pixels_of
 
 
 ANSWERED = ("calibration", "test")
-CLASSIFIERS = ("classifier", "classifier_cls", "untrained_tower")
+CLASSIFIERS = ("classifier", "classifier_cls", "untrained_tower", "joint")
 
 _REAL_IMAGES = 120  # of a kind, at most
 _QUESTIONS_OF_A_LABEL = 3
@@ -241,13 +242,22 @@ def _classifiers(settings: Settings, seed: int, model: Any, processor: Any, arm:
     labels = cheapest_right_rungs(settings, seed, model, processor)
     untrained, _ = new_model(settings, seed + 500, arm.fields)
     towers = {"classifier": (model, "mean"), "classifier_cls": (model, "cls"), "untrained_tower": (untrained, "mean")}
-    found: dict[str, np.ndarray] = {}
+    found = {"told_apart": _told_apart(settings, seed, untrained, processor)}
     for name, (reader, features) in towers.items():
         router = ClassifierRouter(settings.width, model.model.compressor, features=features)
         train_classifier(router, settings, seed, reader, processor, labels)
         for split in _splits(settings):
             found[f"{name}_{split}"] = _router_says(router, _read(settings, reader, processor, seed, split))
     return found
+
+
+def _told_apart(settings: Settings, seed: int, untrained: Any, processor: Any) -> np.ndarray:
+    """How well a linear probe on an untrained tower tells the families of each of `PAIRS` apart, `(P,)`."""
+    read = {split: _read(settings, untrained, processor, seed, split)["mean"] for split in ("router", "test")}
+    families = {split: np.array([p.family for p in pictures_of(settings, split, seed)]) for split in read}
+    return np.array(
+        [told_apart(read["router"], families["router"], read["test"], families["test"], pair) for pair in PAIRS]
+    )
 
 
 def cheapest_right_rungs(settings: Settings, seed: int, model: Any, processor: Any) -> np.ndarray:

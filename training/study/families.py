@@ -2,16 +2,18 @@
 
 | appearance | asks for little | asks for much |
 |---|---|---|
-| soft ground | `scene`: one shape | `mosaic`: a board of squares, each of its own colour |
-| textured ground | `busy_scene`: one shape | `busy_mosaic`: a board of squares |
-| plain page | `big_digit`; `empty_form`: a form without entries, and one sign | `faint_page`: one faint small digit |
-| dense page | `header`: the colour of its first line | `table`: a digit in each cell |
-| line drawing | | `chart`: the height of each bar |
-| page of filled cells | `page_1`, `page_2`: 1 or 2 in 36 cells hold a digit | `page_4`, `page_8`: 4 or 8 in 36 |
+| a board of shapes on soft ground | `scene`: one of them is whole | `mosaic`: all are |
+| a board of shapes on textured ground | `busy_scene`: one is whole | `busy_mosaic`: all are |
+| a form | `empty_form`: one entry is legible | `full_form`: all are |
+| a large coloured digit behind small ones | `big_digit`: the large one is whole | `small_digits`: the small ones are |
+| faint digits on a plain page | `faint_page`: one is legible | `faint_table`: all are |
+| a chart under a coloured line | `title`: the line's colour | `chart`: the heights of the bars |
+| a dense page under a coloured line | `header`: its colour; `page_1`, `page_2`: 1 or 2 of 36 digits | `page_4`, `page_8`; `table`: all |
 
-What fills the other cells of a page, and the textured ground, is made of digits too: their pixels in another order,
-so that ink does not tell what can be asked. A picture has a grid of cells, and one patch of the models' vision tower
-sees one cell. Every picture is drawn from `(seed, index)` alone.
+Within a row all pictures are made alike, and what is not whole is in pieces: every block of it comes from another item
+of the same sort, drawn at the same place. So each pixel has the distribution that it has in a whole one, and what a
+picture can be asked for is seen by reading it, not by its ink or its colours. A picture has a grid of cells, and one
+patch of the models' vision tower sees one cell. Every picture is drawn from `(seed, index)` alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,9 @@ TRAINING_RULINGS, TEST_RULINGS = ("none", "rows", "grid"), ("columns", "dots")
 
 _VISIBLE_SHARE = 0.15  # something counts as seen in a cell of which it covers more than this
 _OVERSAMPLING = 2  # shapes are drawn larger and reduced, for smooth edges
-_FAINT = 100  # how much darker than its paper a faint digit is at most
+_RADIUS = 0.4  # of a shape, as a share of its box
+_FAINTNESS = (50, 100)  # how much darker than its paper a faint digit is
+_BRIGHT, _OPACITY = ("red", "green", "blue", "purple"), 0.7  # of a large digit, behind small dark ones
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Layout:
     @property
     def heights(self) -> tuple[str, ...]:
         """Names of the heights that a bar can have, in cells."""
-        return tuple(f"height{height}" for height in range(1, self.grid + 1))
+        return tuple(f"height{height}" for height in range(1, self.grid))
 
     def vocabulary(self) -> list[str]:
         """Every word that occurs in a question or an answer, sorted."""
@@ -187,112 +192,154 @@ def ask(what: str, place: str | None = None) -> str:
     return f"which {what}" if place is None else f"which {what} at {place}"
 
 
-def _scene(style: Style, ground: Callable[[Style], np.ndarray]) -> Any:
-    rng = style.rng
-    shape, colour = style.pick(SHAPES), style.pick(list(COLOURS))
-    radius = style.layout.size * rng.uniform(0.26, 0.38)
-    centre = rng.uniform(radius + 1, style.layout.size - radius - 1, size=2)
-    pixels = ground(style)
-    mask = _shape_mask(style.layout, shape, centre, radius)
-    contents = _ground_contents(style, ground)
-    contents[_coverage(style.layout, mask) > _VISIBLE_SHARE] = CONTENTS.index(shape)
-    return _blend(pixels, COLOURS[colour], mask), [(ask("colour"), colour), (ask("shape"), shape)], contents
-
-
-def _mosaic(style: Style, ground: Callable[[Style], np.ndarray]) -> Any:
-    rng, pixels, contents = style.rng, ground(style), _ground_contents(style, ground)
-    questions, side = [], 2 * style.layout.cell
-    for index, place in enumerate(style.layout.squares):
-        colour = style.pick(list(COLOURS))
-        row, column = divmod(index, style.layout.board)
-        extent = int(side * rng.uniform(0.45, 0.75))
-        top, left = (int(side * at + rng.integers(1, side - extent)) for at in (row, column))
-        pixels[top : top + extent, left : left + extent] = COLOURS[colour]
-        mask = np.zeros(pixels.shape[:2])
-        mask[top : top + extent, left : left + extent] = 1
-        contents[_coverage(style.layout, mask) > _VISIBLE_SHARE] = CONTENTS.index(colour)
-        questions.append((ask("colour", place), colour))
+def _shapes(style: Style, ground: Callable[[Style], np.ndarray], whole: int) -> Any:
+    """A board of coloured shapes, so many of them whole."""
+    pixels, contents, side = ground(style), _ground_contents(style, ground), 2 * style.layout.cell
+    stencils = _stencils(style.layout.cell)
+    questions: list[tuple[str, str]] = []
+    for box, is_whole in enumerate(_deal(style.rng, whole, style.layout.board**2)):
+        shape, colour = int(style.rng.integers(len(SHAPES))), style.pick(list(COLOURS))
+        mask = stencils[shape] if is_whole else in_pieces(style.rng, stencils, style.layout.cell)
+        row, column = (side * at for at in divmod(box, style.layout.board))
+        _paste(pixels, mask, row, column, np.asarray(COLOURS[colour]))
+        _note(style.layout, contents, mask, (row, column), SHAPES[shape] if is_whole else "filler")
+        if is_whole:
+            place = None if whole == 1 else style.layout.squares[box]
+            questions += [(ask("shape", place), SHAPES[shape]), (ask("colour", place), colour)]
     return pixels, questions, contents
 
 
-def _big_digit(style: Style) -> Any:
-    rng, pixels = style.rng, _paper(style)
-    digit = int(rng.integers(10))
-    glyph = _glyph(style.pick(style.fonts), digit, int(style.layout.size * rng.uniform(0.5, 0.75)))
-    corner = _somewhere(rng, glyph, style.layout.size)
-    _paste(pixels, glyph, *corner, _ink(rng))
-    return pixels, [(ask("digit"), str(digit))], _contents_under(style.layout, glyph, corner, digit)
-
-
-def _empty_form(style: Style) -> Any:
-    """Lines for entries, none of them filled in, and one sign of 2 x 2 cells."""
+def _form(style: Style, whole: int) -> Any:
+    """Ruled lines, and an entry in every box, so many of them legible."""
     rng, pixels, size, cell = style.rng, _paper(style), style.layout.size, style.layout.cell
-    ink = _ink(rng)
+    ink, font, contents = _ink(rng), style.pick(style.fonts), _ground_contents(style, _paper)
+    questions = []
     for line in range(cell + cell * 5 // 8, size, cell):
         pixels[line, cell // 2 : int(rng.integers(size // 2, size - cell // 2))] = ink
-    digit = int(rng.integers(10))
-    glyph = _glyph(style.pick(style.fonts), digit, 2 * cell - 2)
-    row, column = (int(at) * 2 * cell for at in rng.integers(style.layout.board, size=2))
-    down, right = _somewhere(rng, glyph, 2 * cell)
-    pixels[row : row + 2 * cell, column : column + 2 * cell] = pixels[0, 0]
-    _paste(pixels, glyph, row + down, column + right, ink)
-    contents = _contents_under(style.layout, glyph, (row + down, column + right), digit)
-    return pixels, [(ask("digit"), str(digit))], contents
-
-
-def _faint_page(style: Style) -> Any:
-    rng, pixels = style.rng, _paper(style)
-    digit, cell = int(rng.integers(10)), int(rng.integers(style.layout.grid**2))
-    ink = pixels[0, 0] - rng.uniform(_FAINT / 2, _FAINT)
-    digit_in_cell(style, pixels, cell, digit, ink)
-    contents = np.full(style.layout.grid**2, CONTENTS.index("ground"))
-    contents[cell] = digit
-    return pixels, [(ask("digit"), str(digit))], contents
-
-
-def _page(style: Style, share: float) -> Any:
-    """A page on which a share of the cells holds a digit each, the others a digit's pixels in disorder."""
-    entries = round(share * style.layout.grid**2)
-    rng, pixels = style.rng, _paper(style)
-    _rule(style, pixels)
-    contents = np.full(style.layout.grid**2, CONTENTS.index("filler"))
-    cells = rng.permutation(style.layout.grid**2)
-    questions = []
-    for place, cell in enumerate(cells):
+    glyphs = _digits(font, 2 * cell - 2)
+    for box, is_whole in enumerate(_deal(rng, whole, style.layout.board**2)):
         digit = int(rng.integers(10))
-        digit_in_cell(style, pixels, int(cell), digit, _ink(rng), disorder=place >= entries)
-        if place < entries:
-            contents[cell] = digit
-            questions.append((ask("digit", style.layout.cells[cell]), str(digit)))
+        mask = glyphs[digit] if is_whole else in_pieces(rng, glyphs)
+        row, column = (2 * cell * at for at in divmod(box, style.layout.board))
+        pixels[row : row + 2 * cell, column : column + 2 * cell] = pixels[0, 0]
+        corner = (row + int(rng.integers(3)), column + int(rng.integers(3)))
+        _paste(pixels, mask, *corner, ink)
+        _note(style.layout, contents, mask, corner, DIGITS[digit] if is_whole else "filler")
+        if is_whole:
+            questions.append((ask("digit", None if whole == 1 else style.layout.squares[box]), DIGITS[digit]))
     return pixels, questions, contents
 
 
-def _header(style: Style) -> Any:
-    pixels, _, contents = _page(style, style.rng.random())
-    colour = style.pick(list(COLOURS))
-    band = np.zeros(pixels.shape[:2])
-    band[: style.layout.cell] = style.rng.uniform(0.75, 0.95)
-    contents = contents.copy()
-    contents[: style.layout.grid] = CONTENTS.index(colour)
-    return _blend(pixels, COLOURS[colour], band), [(ask("header"), colour)], contents
+def _large_and_small(style: Style, large_is_whole: bool) -> Any:
+    """A large coloured digit behind a dark one in every cell: the large one is whole, or the small ones are."""
+    rng, pixels, layout = style.rng, _paper(style), style.layout
+    contents = np.full(layout.grid**2, CONTENTS.index("filler"))
+    large = int(rng.integers(10))
+    glyphs = _digits(style.pick(style.fonts), int(layout.size * rng.uniform(0.75, 0.9)))
+    mask = glyphs[large] if large_is_whole else in_pieces(rng, glyphs)
+    corner = tuple(int(at) for at in rng.integers(layout.size - len(mask) + 1, size=2))
+    _paste(pixels, _OPACITY * mask, *corner, np.asarray(COLOURS[style.pick(_BRIGHT)]))
+    questions = [(ask("digit"), DIGITS[large])] if large_is_whole else []
+    for cell, place in enumerate(layout.cells):
+        digit = int(rng.integers(10))
+        digit_in_cell(style, pixels, cell, digit, _ink(rng), whole=not large_is_whole)
+        if not large_is_whole:
+            contents[cell] = digit
+            questions.append((ask("digit", place), DIGITS[digit]))
+    if large_is_whole:
+        _note(layout, contents, mask, corner, DIGITS[large])
+    return pixels, questions, contents
 
 
-def _chart(style: Style) -> Any:
+def _faint(style: Style, whole: int) -> Any:
+    """Faint digits in a third of the cells, so many of them whole."""
+    rng, pixels, layout = style.rng, _paper(style), style.layout
+    contents = _ground_contents(style, _paper)
+    questions = []
+    cells = rng.permutation(layout.grid**2)[: layout.grid**2 // 3]
+    for turn, cell in enumerate(cells):
+        digit, ink = int(rng.integers(10)), pixels[0, 0] - rng.uniform(*_FAINTNESS)
+        digit_in_cell(style, pixels, int(cell), digit, ink, whole=turn < whole)
+        contents[cell] = digit if turn < whole else CONTENTS.index("filler")
+        if turn < whole:
+            questions.append((ask("digit", None if whole == 1 else layout.cells[cell]), DIGITS[digit]))
+    return pixels, questions, contents
+
+
+def _page(style: Style, whole_in_36: int) -> Any:
+    """A coloured line over a page with a digit in each cell, so many of them whole; with none, the line is asked for."""
+    rng, layout, pixels = style.rng, style.layout, _ruled(style)
+    contents = np.full(layout.grid**2, CONTENTS.index("filler"))
+    below = layout.grid + rng.permutation(layout.grid**2 - layout.grid)
+    whole = whole_in_36 * layout.grid**2 // 36
+    questions = []
+    for turn, cell in enumerate(below):
+        digit = int(rng.integers(10))
+        digit_in_cell(style, pixels, int(cell), digit, _ink(rng), whole=turn < whole)
+        if turn < whole:
+            contents[cell] = digit
+            questions.append((ask("digit", layout.cells[cell]), DIGITS[digit]))
+    header = _draw_header(style, pixels, contents)
+    return pixels, questions or [header], contents
+
+
+def _chart(style: Style, whole: bool) -> Any:
+    """A coloured line over bars; where these are in pieces, the line is asked for."""
     rng, pixels, grid, cell = style.rng, _paper(style), style.layout.grid, style.layout.cell
     contents = np.full((grid, grid), CONTENTS.index("ground"))
     ink = _ink(rng)
     questions = []
     for column, bar in enumerate(style.layout.bars):
-        height = int(rng.integers(1, grid + 1))
-        left = column * cell + int(rng.integers(1, 3))
-        width = int(cell * rng.uniform(0.5, 0.75))
-        top = style.layout.size - height * cell + int(rng.integers(0, 3))
-        pixels[top:, left : left + width] = ink
-        if rng.random() < 0.5:  # an outline
-            pixels[top + 1 :, left + 1 : left + width - 1] = pixels[0, 0]
+        height, width = int(rng.integers(1, grid)), int(cell * rng.uniform(0.5, 0.75))
+        bars = _bars(style.layout, width, int(rng.integers(3)), outlined=bool(rng.random() < 0.5))
+        mask = bars[height - 1] if whole else in_pieces(rng, bars, cell)
+        _paste(pixels, mask, cell, column * cell + int(rng.integers(1, 3)), ink)
         contents[grid - height :, column] = CONTENTS.index("bar")
         questions.append((ask("height", bar), style.layout.heights[height - 1]))
-    return pixels, questions, contents.reshape(-1)
+    contents = contents.reshape(-1)
+    if not whole:
+        contents[:] = CONTENTS.index("filler")
+    header = _draw_header(style, pixels, contents)
+    return pixels, questions if whole else [header], contents
+
+
+def _bars(layout: Layout, width: int, shift: int, *, outlined: bool) -> np.ndarray:
+    """A bar of every height below the header, `(grid - 1, size - cell, width)`."""
+    bars = np.zeros((layout.grid - 1, layout.size - layout.cell, width))
+    for height in range(1, layout.grid):
+        top = bars.shape[1] - height * layout.cell + shift
+        bars[height - 1, top:] = 1
+        if outlined:
+            bars[height - 1, top + 1 :, 1:-1] = 0
+    return bars
+
+
+def _draw_header(style: Style, pixels: np.ndarray, contents: np.ndarray) -> tuple[str, str]:
+    """A line of one colour in the first row of cells, drawn and noted; the question for it, and its answer."""
+    colour, line = style.pick(list(COLOURS)), pixels[: style.layout.cell]
+    line += (np.asarray(COLOURS[colour]) - line) * style.rng.uniform(0.75, 0.95)
+    contents[: style.layout.grid] = CONTENTS.index(colour)
+    return ask("header"), colour
+
+
+def in_pieces(rng: np.random.Generator, masks: np.ndarray, block: int | None = None) -> np.ndarray:
+    """An item in pieces: each block is that of another item, so each pixel keeps its distribution.
+
+    Args:
+        rng: Picks the items.
+        masks: Items of one sort at one place, `(items, height, width)`.
+        block: Side of a block in pixels; a quarter of the height, but at least 2, by default.
+    """
+    _, height, width = masks.shape
+    block = block or max(2, height // 4)
+    blocks = rng.integers(len(masks), size=(-(-height // block), -(-width // block)))
+    chosen = blocks.repeat(block, 0).repeat(block, 1)[:height, :width]
+    return np.take_along_axis(masks, chosen[None], 0)[0]
+
+
+def _deal(rng: np.random.Generator, whole: int, items: int) -> np.ndarray:
+    """Which of the items are whole, `(items,)` bool."""
+    return rng.permutation(items) < whole
 
 
 def _soft(style: Style) -> np.ndarray:
@@ -302,8 +349,11 @@ def _soft(style: Style) -> np.ndarray:
 
 
 def _textured(style: Style) -> np.ndarray:
-    """A page on which every cell holds a digit's pixels in disorder."""
-    return _page(style, 0)[0]
+    """A ruled page with a digit in pieces in every cell."""
+    pixels = _ruled(style)
+    for cell in range(style.layout.grid**2):
+        digit_in_cell(style, pixels, cell, 0, _ink(style.rng), whole=False)
+    return pixels
 
 
 def _ground_contents(style: Style, ground: Callable[[Style], np.ndarray]) -> np.ndarray:
@@ -317,8 +367,9 @@ def _paper(style: Style) -> np.ndarray:
     )
 
 
-def _rule(style: Style, pixels: np.ndarray) -> None:
-    ruling, colour = style.pick(style.rulings), style.rng.uniform(160, 200)
+def _ruled(style: Style) -> np.ndarray:
+    """Paper, perhaps with lines between the cells."""
+    pixels, ruling, colour = _paper(style), style.pick(style.rulings), style.rng.uniform(160, 200)
     cell = style.layout.cell
     lines = slice(cell - 1, style.layout.size - 1, cell)
     if ruling in ("rows", "grid"):
@@ -327,6 +378,7 @@ def _rule(style: Style, pixels: np.ndarray) -> None:
         pixels[:, lines] = colour
     if ruling == "dots":
         pixels[lines, ::2] = colour
+    return pixels
 
 
 def _ink(rng: np.random.Generator) -> np.ndarray:
@@ -334,9 +386,9 @@ def _ink(rng: np.random.Generator) -> np.ndarray:
 
 
 def digit_in_cell(
-    style: Style, pixels: np.ndarray, cell: int, digit: int, ink: np.ndarray, *, disorder: bool = False
+    style: Style, pixels: np.ndarray, cell: int, digit: int, ink: np.ndarray, *, whole: bool = True
 ) -> None:
-    """Draw a digit somewhere in a cell, or its pixels in another order.
+    """Draw a digit somewhere in a cell, or one in pieces.
 
     Args:
         style: Picks font and place.
@@ -344,83 +396,104 @@ def digit_in_cell(
         cell: Index of the cell, row-major.
         digit: 0 to 9.
         ink: Its colour, `(3,)`.
-        disorder: Shuffle the pixels of the digit.
+        whole: Whether it can be read.
     """
     side = style.layout.cell
-    glyph = _glyph(style.pick(style.fonts), digit, side - 1)
-    if disorder:
-        glyph = style.rng.permutation(glyph.reshape(-1)).reshape(glyph.shape)
+    glyphs = _digits(style.pick(style.fonts), side - 1)
+    mask = glyphs[digit] if whole else in_pieces(style.rng, glyphs)
     row, column = divmod(cell, style.layout.grid)
-    down, right = _somewhere(style.rng, glyph, side)
-    _paste(pixels, glyph, row * side + down, column * side + right, ink)
+    down, right = style.rng.integers(2, size=2)
+    _paste(pixels, mask, row * side + int(down), column * side + int(right), ink)
 
 
-def _somewhere(rng: np.random.Generator, glyph: np.ndarray, room: int) -> tuple[int, int]:
-    down, right = (int(rng.integers(0, max(1, room - side + 1))) for side in glyph.shape)
-    return down, right
-
-
-def _paste(pixels: np.ndarray, glyph: np.ndarray, top: int, left: int, ink: np.ndarray) -> None:
-    height, width = glyph.shape
+def _paste(pixels: np.ndarray, mask: np.ndarray, top: int, left: int, ink: np.ndarray) -> None:
+    height, width = mask.shape
     area = pixels[top : top + height, left : left + width]
-    area += (ink - area) * glyph[: area.shape[0], : area.shape[1], None]
+    area += (ink - area) * mask[: area.shape[0], : area.shape[1], None]
 
 
-def _contents_under(layout: Layout, glyph: np.ndarray, corner: tuple[int, int], digit: int) -> np.ndarray:
-    """Cells over which a large digit lies show it, the others the ground."""
-    mask = np.zeros((layout.size, layout.size))
-    (top, left), (height, width) = corner, glyph.shape
-    mask[top : top + height, left : left + width] = glyph
-    return np.where(_coverage(layout, mask) > _VISIBLE_SHARE, digit, CONTENTS.index("ground"))
-
-
-def _coverage(layout: Layout, mask: np.ndarray) -> np.ndarray:
-    """Share of each cell that a mask `(size, size)` covers, `(grid * grid,)`."""
-    return mask.reshape(layout.grid, layout.cell, layout.grid, layout.cell).mean((1, 3)).reshape(-1)
-
-
-def _blend(pixels: np.ndarray, colour: Sequence[int], mask: np.ndarray) -> np.ndarray:
-    return pixels + (np.asarray(colour) - pixels) * mask[..., None]
-
-
-def _shape_mask(layout: Layout, shape: str, centre: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, `(size, size)`, 0 to 1."""
-    stencil = Image.new("L", (_OVERSAMPLING * layout.size,) * 2)
-    fill_shape(ImageDraw.Draw(stencil), shape, centre * _OVERSAMPLING, radius * _OVERSAMPLING)
-    return np.asarray(stencil.reduce(_OVERSAMPLING)) / 255
+def _note(layout: Layout, contents: np.ndarray, mask: np.ndarray, corner: Sequence[int], what: str) -> None:
+    """Write into `contents` what the cells show of which an item covers enough."""
+    covered = np.zeros((layout.size, layout.size))
+    (top, left), (height, width) = corner, mask.shape
+    covered[top : top + height, left : left + width] = mask[: layout.size - top, : layout.size - left]
+    by_cell = covered.reshape(layout.grid, layout.cell, layout.grid, layout.cell).mean((1, 3)).reshape(-1)
+    contents[by_cell > _VISIBLE_SHARE] = CONTENTS.index(what)
 
 
 @cache
-def _glyph(font: str, digit: int, height: int) -> np.ndarray:
-    """A digit's ink, 0 to 1, cropped; at most `height` pixels in height and width."""
+def _stencils(cell: int) -> np.ndarray:
+    """How much of each pixel of a box of 2 x 2 cells every shape covers, `(shapes, 2 * cell, 2 * cell)`, 0 to 1."""
+    side = 2 * cell
+    stencils = []
+    for shape in SHAPES:
+        stencil = Image.new("L", (_OVERSAMPLING * side,) * 2)
+        centre = np.full(2, _OVERSAMPLING * side / 2)
+        fill_shape(ImageDraw.Draw(stencil), shape, centre, _OVERSAMPLING * side * _RADIUS)
+        stencils.append(np.asarray(stencil.reduce(_OVERSAMPLING)) / 255)
+    return np.stack(stencils)
+
+
+@cache
+def _digits(font: str, side: int) -> np.ndarray:
+    """Ink of each digit in the middle of a square, `(10, side, side)`, 0 to 1."""
+    squares = np.zeros((10, side, side))
+    for digit in range(10):
+        glyph = _glyph(font, digit, side)
+        top, left = ((side - extent) // 2 for extent in glyph.shape)
+        squares[digit, top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph
+    return squares
+
+
+@cache
+def _glyph(font: str, digit: int, side: int) -> np.ndarray:
+    """A digit's ink, 0 to 1, cropped; at most `side` pixels in height and width."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    for size in range(2 * height, 0, -1):
-        mask = Image.new("L", (4 * height, 4 * height))
-        ImageDraw.Draw(mask).text((height, height), DIGITS[digit], fill=255, font=ImageFont.truetype(str(path), size))
+    for size in range(2 * side, 0, -1):
+        mask = Image.new("L", (4 * side, 4 * side))
+        ImageDraw.Draw(mask).text((side, side), DIGITS[digit], fill=255, font=ImageFont.truetype(str(path), size))
         glyph = np.asarray(mask.crop(mask.getbbox())) / 255
-        if max(glyph.shape) <= height:
+        if max(glyph.shape) <= side:
             return glyph
-    raise ValueError(f"`height={height}` is too small for a digit.")
+    raise ValueError(f"`side={side}` is too small for a digit.")
 
+
+_ALL = 10**6  # more than any picture has
 
 FAMILIES: dict[str, Callable[[Style], Any]] = {
-    "scene": lambda style: _scene(style, _soft),
-    "mosaic": lambda style: _mosaic(style, _soft),
-    "busy_scene": lambda style: _scene(style, _textured),
-    "busy_mosaic": lambda style: _mosaic(style, _textured),
-    "big_digit": _big_digit,
-    "empty_form": _empty_form,
-    "faint_page": _faint_page,
-    "header": _header,
-    "table": lambda style: _page(style, 1),
-    "chart": _chart,
-    "page_1": lambda style: _page(style, 1 / 36),
-    "page_2": lambda style: _page(style, 2 / 36),
-    "page_4": lambda style: _page(style, 4 / 36),
-    "page_8": lambda style: _page(style, 8 / 36),
+    "scene": lambda style: _shapes(style, _soft, 1),
+    "mosaic": lambda style: _shapes(style, _soft, _ALL),
+    "busy_scene": lambda style: _shapes(style, _textured, 1),
+    "busy_mosaic": lambda style: _shapes(style, _textured, _ALL),
+    "empty_form": lambda style: _form(style, 1),
+    "full_form": lambda style: _form(style, _ALL),
+    "big_digit": lambda style: _large_and_small(style, True),
+    "small_digits": lambda style: _large_and_small(style, False),
+    "faint_page": lambda style: _faint(style, 1),
+    "faint_table": lambda style: _faint(style, _ALL),
+    "title": lambda style: _chart(style, False),
+    "chart": lambda style: _chart(style, True),
+    "header": lambda style: _page(style, 0),
+    "page_1": lambda style: _page(style, 1),
+    "page_2": lambda style: _page(style, 2),
+    "page_4": lambda style: _page(style, 4),
+    "page_8": lambda style: _page(style, 8),
+    "table": lambda style: _page(style, _ALL),
 }
 
+# Families that look alike, from those that can be asked for little to those that can be asked for much.
+LOOKS = (
+    ("scene", "mosaic"),
+    ("busy_scene", "busy_mosaic"),
+    ("empty_form", "full_form"),
+    ("big_digit", "small_digits"),
+    ("faint_page", "faint_table"),
+    ("title", "chart"),
+    ("header", "page_1", "page_2", "page_4", "page_8", "table"),
+)
+PAIRS = tuple(pair for look in LOOKS for pair in combinations(look, 2))
+
 # Families whose pictures have one thing to ask about, in one place or another.
-SINGLE = ("scene", "busy_scene", "big_digit", "empty_form")
+SINGLE = ("scene", "busy_scene", "empty_form", "big_digit", "faint_page", "title", "header", "page_1")

@@ -38,6 +38,8 @@ class Settings:
         marks: Steps at which separately trained arms are tested.
         target_mean: Tokens per picture that policies are set to spend.
         admitted_from: Accuracy at the largest count that admits a family.
+        told_apart_up_to: Share of the pictures of two families that look alike for which a linear probe on an
+            untrained tower may name the right one; if it names more, both are left out.
         minimum_effect: Smallest gain in macro accuracy that is called one.
         draws: Of the bootstrap.
         device: `"cpu"` or `"cuda"`.
@@ -67,6 +69,7 @@ class Settings:
     marks: tuple[int, ...]
     target_mean: float
     admitted_from: float
+    told_apart_up_to: float
     minimum_effect: float
     draws: int
     device: str = "cpu"
@@ -90,7 +93,7 @@ class Settings:
     def scaled(self, scale: float) -> Settings:
         """The same run with fewer steps and pictures, to try it out."""
         numbers = {
-            field: max(28, round(getattr(self, field) * scale))
+            field: max(36, round(getattr(self, field) * scale))
             for field in ("training_pictures", "router_pictures", "calibration_pictures", "test_pictures")
         }
         steps = {field: max(2, round(getattr(self, field) * scale)) for field in ("base_steps", "arm_steps")}
