@@ -82,7 +82,9 @@ class _Study:
             for family in sorted(set(families["test"][settings.seeds[0]]))
         }
         self.told_apart = {
-            " / ".join(pair): round(float(np.mean([evidence[s]["pool"]["told_apart"][place] for s in settings.seeds])), 4)
+            " / ".join(pair): round(
+                float(np.mean([evidence[s]["pool"]["told_apart"][place] for s in settings.seeds])), 4
+            )
             for place, pair in enumerate(PAIRS)
         }
         separable = {

@@ -1,11 +1,13 @@
-"""The models of one seed: a base that sees every token, and arms that go on from its weights for equal steps.
+"""The models of one seed: a base that sees every token, and arms that go on from its weights.
+
+Arms that see several counts train for equal steps, and so do those that see one, for more: they are to be converged.
 
 | arm | compressor | rungs in training |
 |---|---|---|
 | `pool`, `resampler`, `mini` | pooling; query resampler; the same with LLaVA-Mini's pre-fusion | random |
 | `pool joint`, `resampler joint` | as above | every one, jointly with a classifier router |
 | `pool dfmr` | pooling | those that DFMR's rule picks at the target mean |
-| `pool fixed N`, `resampler fixed N` | as above | that one |
+| `pool fixed N`, `resampler fixed N` | as above, N the fewest and the most | that one |
 | `fusion` | spatial token fusion on multi-block fusion, 2 x 2 windows: one count | that one |
 
 All policies are compared on the same weights: those of one elastic arm. An arm leaves a file of evidence behind
@@ -88,7 +90,7 @@ def arms_of(settings: Settings) -> list[Arm]:
         Arm("resampler joint", resampler, "joint"),
         Arm("mini", {**resampler, "prefusion_layers": 1}, "random"),
         Arm("pool dfmr", pool, "dfmr"),
-        *(Arm(f"pool fixed {count}", pool, rung) for rung, count in enumerate(tokens)),
+        *(Arm(f"pool fixed {tokens[rung]}", pool, rung) for rung in (0, len(tokens) - 1)),
         *(Arm(f"resampler fixed {settings.counts[rung]}", resampler, rung) for rung in (0, len(settings.counts) - 1)),
         Arm("fusion", fusion, 0),
     ]
@@ -126,7 +128,7 @@ def pictures_of(settings: Settings, split: str, seed: int) -> list[Picture]:
         "test": (settings.test_pictures, _TEST),
     }[split]
     # where each picture has only one thing to ask about, it takes more of them to learn it
-    families = [*FAMILIES, *SINGLE] if split == "training" else None
+    families = [*FAMILIES, *SINGLE, *SINGLE] if split == "training" else None
     return render(number, seed=offset + seed, layout=settings.layout, test=split == "test", families=families)
 
 
@@ -169,7 +171,7 @@ def train_arm(settings: Settings, seed: int, arm: Arm, folder: Path, deadline: f
             evidence[f"right_after_{step}"] = answers(model, processor, test, seed=seed, rungs=[arm.rungs])[:, 0]
             model.train()
 
-    steps = settings.arm_steps
+    steps = settings.separate_steps if isinstance(arm.rungs, int) else settings.arm_steps
     if arm.rungs == "joint":
         steps = max(2, steps // model.model.compressor.num_rungs)
     train(

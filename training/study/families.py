@@ -10,7 +10,7 @@
 | a chart under a coloured line | `title`: the line's colour | `chart`: the heights of the bars |
 | a dense page under a coloured line | `header`: its colour; `page_1`, `page_2`: 1 or 2 of 36 digits | `page_4`, `page_8`; `table`: all |
 
-Within a row all pictures are made alike, and what is not whole is in pieces: every block of it comes from another item
+Within a row all pictures are made alike, and what is not whole is in pieces: its blocks come from different items
 of the same sort, drawn at the same place. So each pixel has the distribution that it has in a whole one, and what a
 picture can be asked for is seen by reading it, not by its ink or its colours. A picture has a grid of cells, and one
 patch of the models' vision tower sees one cell. Every picture is drawn from `(seed, index)` alone.
@@ -51,7 +51,7 @@ _VISIBLE_SHARE = 0.15  # something counts as seen in a cell of which it covers m
 _OVERSAMPLING = 2  # shapes are drawn larger and reduced, for smooth edges
 _RADIUS = 0.4  # of a shape, as a share of its box
 _FAINTNESS = (50, 100)  # how much darker than its paper a faint digit is
-_BRIGHT, _OPACITY = ("red", "green", "blue", "purple"), 0.7  # of a large digit, behind small dark ones
+_BRIGHT, _OPACITY = ("red", "green", "blue", "purple"), 0.8  # of a large digit, behind small dark ones
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _large_and_small(style: Style, large_is_whole: bool) -> Any:
     rng, pixels, layout = style.rng, _paper(style), style.layout
     contents = np.full(layout.grid**2, CONTENTS.index("filler"))
     large = int(rng.integers(10))
-    glyphs = _digits(style.pick(style.fonts), int(layout.size * rng.uniform(0.75, 0.9)))
+    glyphs = _digits(style.pick(style.fonts), int(layout.size * rng.uniform(0.85, 0.95)))
     mask = glyphs[large] if large_is_whole else in_pieces(rng, glyphs)
     corner = tuple(int(at) for at in rng.integers(layout.size - len(mask) + 1, size=2))
     _paste(pixels, _OPACITY * mask, *corner, np.asarray(COLOURS[style.pick(_BRIGHT)]))
@@ -323,7 +323,7 @@ def _draw_header(style: Style, pixels: np.ndarray, contents: np.ndarray) -> tupl
 
 
 def in_pieces(rng: np.random.Generator, masks: np.ndarray, block: int | None = None) -> np.ndarray:
-    """An item in pieces: each block is that of another item, so each pixel keeps its distribution.
+    """An item in pieces: its blocks come from as many items as there are, so each pixel keeps its distribution.
 
     Args:
         rng: Picks the items.
@@ -332,8 +332,9 @@ def in_pieces(rng: np.random.Generator, masks: np.ndarray, block: int | None = N
     """
     _, height, width = masks.shape
     block = block or max(2, height // 4)
-    blocks = rng.integers(len(masks), size=(-(-height // block), -(-width // block)))
-    chosen = blocks.repeat(block, 0).repeat(block, 1)[:height, :width]
+    rows, columns = -(-height // block), -(-width // block)
+    items = rng.permutation(len(masks))[rng.permutation(rows * columns) % len(masks)]
+    chosen = items.reshape(rows, columns).repeat(block, 0).repeat(block, 1)[:height, :width]
     return np.take_along_axis(masks, chosen[None], 0)[0]
 
 

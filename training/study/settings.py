@@ -33,8 +33,10 @@ class Settings:
         batch_size: Pictures per step.
         base_steps: Steps at the largest count, before any compressor is trained.
         base_learning_rate: Their peak.
-        arm_steps: Further steps of every arm. Joint training has fewer: each of its steps sees every count.
-        arm_learning_rate: Their peak.
+        arm_steps: Further steps of an arm that sees several counts. Joint training has fewer: each of its steps sees
+            every count.
+        separate_steps: Further steps of an arm that sees one count.
+        arm_learning_rate: Peak of both.
         marks: Steps at which separately trained arms are tested.
         target_mean: Tokens per picture that policies are set to spend.
         admitted_from: Accuracy at the largest count that admits a family.
@@ -65,6 +67,7 @@ class Settings:
     base_steps: int
     base_learning_rate: float
     arm_steps: int
+    separate_steps: int
     arm_learning_rate: float
     marks: tuple[int, ...]
     target_mean: float
@@ -96,7 +99,10 @@ class Settings:
             field: max(36, round(getattr(self, field) * scale))
             for field in ("training_pictures", "router_pictures", "calibration_pictures", "test_pictures")
         }
-        steps = {field: max(2, round(getattr(self, field) * scale)) for field in ("base_steps", "arm_steps")}
+        steps = {
+            field: max(2, round(getattr(self, field) * scale))
+            for field in ("base_steps", "arm_steps", "separate_steps")
+        }
         marks = tuple(sorted({max(1, round(mark * scale)) for mark in self.marks}))
         changed: dict[str, Any] = {**numbers, **steps, "marks": marks}
         return dataclasses.replace(self, **changed)
