@@ -8,11 +8,12 @@
 | a large coloured digit behind small ones | `big_digit`: the large one is whole | `small_digits`: the small ones are |
 | faint digits on a plain page | `faint_page`: one is legible | `faint_table`: all are |
 | a chart under a coloured line | `title`: the line's colour | `chart`: the heights of the bars |
-| a dense page under a coloured line | `header`: its colour; `page_1`, `page_2`: 1 or 2 of 36 digits | `page_4`, `page_8`; `table`: all |
+| a dense page under a coloured line | `header`: its colour; `page_1`, `page_2` | `page_4`, `page_8`, `table` |
 
-Within a row all pictures are made alike, and what is not whole is in pieces: its blocks come from different items
-of the same sort, drawn at the same place. So each pixel has the distribution that it has in a whole one, and what a
-picture can be asked for is seen by reading it, not by its ink or its colours. A picture has a grid of cells, and one
+Within a row all pictures are made alike, and what is not whole (all but 1, 2, 4 or 8 of 36 digits on the pages of these
+names) is in pieces: its blocks come from different items of the same sort, drawn at the same place. So each pixel has
+the distribution that it has in a whole one, and what a picture can be asked for is seen by reading it, not by its ink
+or its colours. A picture has a grid of cells, and one
 patch of the models' vision tower sees one cell. Every picture is drawn from `(seed, index)` alone.
 """
 
@@ -267,7 +268,7 @@ def _faint(style: Style, whole: int) -> Any:
 
 
 def _page(style: Style, whole_in_36: int) -> Any:
-    """A coloured line over a page with a digit in each cell, so many of them whole; with none, the line is asked for."""
+    """A coloured line over a page of digits, so many of them whole; with none, the line is asked for."""
     rng, layout, pixels = style.rng, style.layout, _ruled(style)
     contents = np.full(layout.grid**2, CONTENTS.index("filler"))
     below = layout.grid + rng.permutation(layout.grid**2 - layout.grid)

@@ -73,9 +73,8 @@ def headline(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`: {len(settings['seeds'])} seeds, {results['cpu_seconds'] / 60:.0f} CPU minutes "
         f"({_machine(results)}), {len(results['admission']) - len(left_out)} kinds of picture"
         f"{excuse if left_out else ''}. A linear probe on an untrained tower names the right one of two kinds that "
-        f"look alike in at most {results['told_apart'][most_told]:.0%} of pictures ({most_told}). Routers are set to a mean of {settings['target_mean']:g} tokens on other "
-        "pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and "
-        "pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
+        f"look alike in at most {results['told_apart'][most_told]:.0%} of pictures ({most_told}). "
+        f"Routers are set to a mean of {settings['target_mean']:g} tokens on other pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
         f"down before the first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
     )
 
