@@ -55,6 +55,7 @@ def analyse(settings: Settings, evidence: Mapping[int, Evidence]) -> dict[str, A
         "routed_training": study.routed_training(),
         "exchanged": study.exchanged(),
         "steps": study.steps(),
+        "last_quarter": study.last_quarter(),
         "share_of_hard_images": study.share_of_hard_images(),
         "router_quality": study.router_quality(),
         "real_images": {arm: study.real_images(arm) for arm in ("pool", "resampler")},
@@ -214,6 +215,12 @@ class _Study:
                     for mark in self.settings.marks
                 }
         return found
+
+    def last_quarter(self) -> dict[str, float]:
+        """Macro accuracy that the last quarter of the steps added to separately trained models."""
+        last = self.settings.marks[-1]
+        before = max(mark for mark in self.settings.marks if mark <= 0.75 * last or mark == self.settings.marks[0])
+        return {arm: round(row[str(last)] - row[str(before)], 4) for arm, row in self.steps().items()}
 
     def share_of_hard_images(self) -> dict[str, list[dict[str, Any]]]:
         """Gain over the chord where hard families are 10 to 90 % of the images; the policies stay as they were set."""

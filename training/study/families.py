@@ -10,8 +10,8 @@
 | a chart under a coloured line | `title`: the line's colour | `chart`: the heights of the bars |
 | a dense page under a coloured line | `header`: its colour; `page_1`, `page_2` | `page_4`, `page_8`, `table` |
 
-Within a row all pictures are made alike, and what is not whole (all but 1, 2, 4 or 8 of 36 digits on the pages of these
-names) is in pieces: its blocks come from different items of the same sort, drawn at the same place. So each pixel has
+Within a row all pictures are made alike, and what is not whole (of 36 digits, all but as many as the page is named
+for) is in pieces: its blocks come from different items of the same sort, drawn at the same place. So each pixel has
 the distribution that it has in a whole one, and what a picture can be asked for is seen by reading it, not by its ink
 or its colours. A picture has a grid of cells, and one
 patch of the models' vision tower sees one cell. Every picture is drawn from `(seed, index)` alone.

@@ -74,8 +74,10 @@ def headline(results: Mapping[str, Any]) -> str:
         f"({_machine(results)}), {len(results['admission']) - len(left_out)} kinds of picture"
         f"{excuse if left_out else ''}. A linear probe on an untrained tower names the right one of two kinds that "
         f"look alike in at most {results['told_apart'][most_told]:.0%} of pictures ({most_told}). "
-        f"Routers are set to a mean of {settings['target_mean']:g} tokens on other pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
-        f"down before the first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
+        f"Routers are set to a mean of {settings['target_mean']:g} tokens on other pictures. Gains are points of "
+        "macro accuracy on the same weights, with 95 % intervals over seeds and pictures; the best fixed budget mixes "
+        "the neighbouring counts at random. Rules and controls were written down before "
+        f"the run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
     )
 
 
@@ -108,12 +110,14 @@ def _answers(results: Mapping[str, Any]) -> str:
         f"{100 * results['steps'][one][mark]:.1f} against {100 * results['steps'][most][mark]:.1f} % after {mark}"
         for mark in (marks[0], marks[-1])
     )
+    late = results["last_quarter"].values()
     return (
         f"Routers trained jointly with their model, over the best fixed budget of the same weights: {joint}. Trained "
         "on DFMR's choices instead of random ones, both routed by DFMR: "
         f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Of oracles, "
         f"on pool: {oracles}. Trained at "
-        f"one count from the same base: {early} ({first}, {last})."
+        f"one count from the same base: {early} ({first}, {last}); the last quarter of their steps added "
+        f"{100 * min(late):+.1f} to {100 * max(late):+.1f} points."
     )
 
 
@@ -135,7 +139,7 @@ def tables(results: Mapping[str, Any]) -> str:
         parts += [_families(found)]
     parts += ["## Joint training", _joint(results["joint"])]
     parts += ["## Models trained at one count", _separate(results["separately_trained"])]
-    parts += ["## Accuracy against steps", _steps(results["steps"])]
+    parts += ["## Accuracy against steps", _steps(results["steps"], results["last_quarter"])]
     parts += ["## Trained on DFMR's choices, or on random ones", _routed(results["routed_training"])]
     for answerer, found in results["exchanged"].items():
         parts += [f"## Choices of another compressor's routers, carried out by {answerer}", _exchanged(found)]
@@ -222,10 +226,13 @@ def _separate(found: Mapping[str, Any]) -> str:
     return _table(["trained at", "accuracy there"], rows)
 
 
-def _steps(found: Mapping[str, Any]) -> str:
+def _steps(found: Mapping[str, Any], last_quarter: Mapping[str, float]) -> str:
     marks = list(next(iter(found.values())))
-    rows = [[arm, *(f"{100 * row[mark]:.1f}" for mark in marks)] for arm, row in found.items()]
-    return _table(["right after steps, %", *marks], rows)
+    rows = [
+        [arm, *(f"{100 * row[mark]:.1f}" for mark in marks), f"{100 * last_quarter[arm]:+.1f}"]
+        for arm, row in found.items()
+    ]
+    return _table(["right after steps, %", *marks, "in the last quarter"], rows)
 
 
 def _routed(found: Mapping[str, Any]) -> str:
