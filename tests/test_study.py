@@ -17,8 +17,8 @@ import torch
 from adaptive_llava.training.study import __main__ as command
 from adaptive_llava.training.study.appearance import probe, told_apart
 from adaptive_llava.training.study.arms import arms_of, new_model, train_arm, train_base, window_sides
+from adaptive_llava.training.study.drawing import CONTENTS, Layout, in_pieces
 from adaptive_llava.training.study.families import (
-    CONTENTS,
     FAMILIES,
     LOOKS,
     PAIRS,
@@ -27,8 +27,6 @@ from adaptive_llava.training.study.families import (
     TEST_RULINGS,
     TRAINING_FONTS,
     TRAINING_RULINGS,
-    Layout,
-    in_pieces,
     render,
 )
 from adaptive_llava.training.study.policies import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_llava.training.study.families import Layout
+from adaptive_llava.training.study.drawing import Layout
 from adaptive_llava.training.tiny_model import Shape
 
 

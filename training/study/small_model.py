@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptive_llava.training.joint_routing import joint_routing_loss
-from adaptive_llava.training.study.families import CONTENTS, Layout, Picture
+from adaptive_llava.training.study.drawing import CONTENTS, Layout
+from adaptive_llava.training.study.families import Picture
 from adaptive_llava.training.tiny_model import (
     LastPatches,
     Shape,
