@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 
 ENVIRONMENT := .venv
 ENVIRONMENT_4 := .venv-transformers-4
+ENVIRONMENT_LMMS := .venv-lmms
 LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
 
 # One thread per test process: two processes that each start a thread per core only get in each other's way.
@@ -16,7 +17,7 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart study test test-transformers-4 style check clean
+.PHONY: quickstart study test test-transformers-4 lmms-environment test-lmms style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -34,6 +35,14 @@ test: $(ENVIRONMENT)/installed
 test-transformers-4: $(ENVIRONMENT_4)/installed
 	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT)) $(ENVIRONMENT_4)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
 
+## The environment in which lmms-eval runs these models: .venv-lmms/bin/python -m lmms_eval --model adaptive_llava ...
+lmms-environment: $(ENVIRONMENT_LMMS)/installed
+
+## lmms-eval, started as a user does.
+test-lmms: $(ENVIRONMENT)/installed $(ENVIRONMENT_LMMS)/installed
+	$(TEST_SETTINGS) ADAPTIVE_LLAVA_LMMS_PYTHON="$(CURDIR)/$(ENVIRONMENT_LMMS)/bin/python" \
+		$(ENVIRONMENT)/bin/python -m pytest --timeout 600 tests/test_lmms_eval.py $(PYTEST_ARGS)
+
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m ruff format .
@@ -50,22 +59,28 @@ check: $(ENVIRONMENT)/installed
 
 ## Remove the environments, the caches and what a build left behind.
 clean:
-	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ENVIRONMENT)/installed: constraints.txt setup.cfg pyproject.toml
-	$(call install,$(ENVIRONMENT),constraints.txt)
+	$(call install,$(ENVIRONMENT),constraints.txt,dev)
 
 $(ENVIRONMENT_4)/installed: constraints-transformers-4.57.txt setup.cfg pyproject.toml
-	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt)
+	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt,dev)
 
-# $(1): the environment's folder, $(2): its constraints. torch goes first, pinned: resolved along with the others it
-# may bring gigabytes of CUDA packages.
+# lmms-eval without its requirements: they would bring another torch (training/lmms_eval_plugin/README.md).
+$(ENVIRONMENT_LMMS)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_LMMS),constraints.txt,lmms,lmms-eval)
+
+# $(1): the environment's folder, $(2): its constraints, $(3): the package's extra, $(4): what goes in by itself. torch
+# goes first, pinned: resolved along with the others it may bring gigabytes of CUDA packages.
 define install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
 	@echo "Building $(1) (torch and transformers; a few minutes, once)"
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
-	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[dev]"
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[$(3)]"
+	$(if $(4),$(1)/bin/python -m pip install --quiet --constraint $(2) --no-deps $(4))
 	@touch $@
 endef
