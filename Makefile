@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # A folder of your own images for `make quickstart`: make quickstart IMAGES=some/folder
 IMAGES ?=
+# The folder of LLaVA's data for `make reproduce-7b`, and further options: make reproduce-7b ARGS=--dry-run
+DATA ?= data
+ARGS ?=
 # Test processes, and further pytest options: make test PYTEST_ARGS="-k router"
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -17,7 +20,7 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart study test test-transformers-4 lmms-environment test-lmms style check clean
+.PHONY: quickstart study reproduce-7b test test-transformers-4 lmms-environment test-lmms style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -26,6 +29,10 @@ quickstart: $(ENVIRONMENT)/installed
 ## Does per-image routing pay? Trains small models for about an hour on two cores; goes on where it was stopped.
 study: $(ENVIRONMENT)/installed
 	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers $(WORKERS)
+
+## LLaVA-1.5-7B with each preset, on 8 GPUs and with the Hub; `make reproduce-7b ARGS=--dry-run` prints the commands.
+reproduce-7b: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.reproduce_7b --data "$(DATA)" $(ARGS)
 
 ## All tests.
 test: $(ENVIRONMENT)/installed

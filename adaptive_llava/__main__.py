@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
     "documents": ("adaptive_llava.training.documents_day", "fine-tune on pages, and tell how many tokens they need"),
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
+    "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
 }
 
 
