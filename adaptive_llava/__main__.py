@@ -12,6 +12,7 @@ COMMANDS = {
     "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
     "train-router": ("adaptive_llava.training.train_router", "train a classifier router on labelled images"),
     "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
+    "evaluate": ("adaptive_llava.training.evaluate", "answer a dataset at several token budgets, and score it"),
     "documents": ("adaptive_llava.training.documents_day", "fine-tune on pages, and tell how many tokens they need"),
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
     "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),

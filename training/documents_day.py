@@ -32,17 +32,12 @@ from typing import Any
 import torch
 
 from adaptive_llava.training.budget_curve import curve_of, draw_curve, table_of
-from adaptive_llava.training.budget_sweep import (
-    AUTO,
-    MOST_TOKENS,
-    answer_at_budgets,
-    chosen_budgets,
-    write_answers,
-)
+from adaptive_llava.training.budget_sweep import MOST_TOKENS, answer_at_budgets, chosen_budgets, write_answers
 from adaptive_llava.training.calibrate import HISTOGRAM, MIN_IMAGES, calibrate_thresholds
 from adaptive_llava.training.calibration_record import Calibration, routed_model
 from adaptive_llava.training.document_pages import DocumentPage, read_pages, split_pages, write_conversations
 from adaptive_llava.training.quickstart_answers import peak_memory_mib
+from adaptive_llava.training.token_budgets import AUTO
 from adaptive_llava.training.token_need import SCORES, TokenNeed, draw_pages, token_need
 from adaptive_llava.training.whole_folder import check_free
 
