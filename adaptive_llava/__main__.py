@@ -9,7 +9,7 @@ from adaptive_llava.training.whole_folder import NotWritten
 
 
 COMMANDS = {
-    "calibrate": ("adaptive_llava.training.calibrate", "choose a router's thresholds for a mean token count"),
+    "calibrate": ("adaptive_llava.training.calibrate", "choose thresholds for a mean token count or a bounded loss"),
     "train-router": ("adaptive_llava.training.train_router", "train a classifier router on labelled images"),
     "convert": ("adaptive_llava.training.convert", "give a LLaVA checkpoint a compressor and a router"),
     "evaluate": ("adaptive_llava.training.evaluate", "answer a dataset at several token budgets, and score it"),
