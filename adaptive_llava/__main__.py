@@ -16,6 +16,8 @@ COMMANDS = {
     "documents": ("adaptive_llava.training.documents_day", "fine-tune on pages, and tell how many tokens they need"),
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
     "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
+    "push": ("adaptive_llava.hub_cards.push", "upload a model or adapter to the Hub, as one commit"),
+    "verify": ("adaptive_llava.hub_cards.verify", "check what a repository of the Hub would run"),
 }
 
 
