@@ -21,7 +21,8 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
-from tests.lmms_eval_samples import COUNT, Sample, benchmark_samples, chat, save_taught_model
+from adaptive_llava.__main__ import main as command_line
+from tests.lmms_eval_samples import AFTER_QUESTION, COUNT, Sample, benchmark_samples, chat, save_taught_model
 
 
 PYTHON = os.environ.get("ADAPTIVE_LLAVA_LMMS_PYTHON")
@@ -315,6 +316,24 @@ def test_score_is_that_of_our_metric(place, chats, name, ours, theirs):
     score = our_score(name, chats.answers(name), place[1][name])[ours]
     assert 0 < score < 1
     assert chats.scores(name)[theirs] == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize(("name", "metric"), [("docvqa", "anls"), ("chartqa", "relaxed_accuracy")])
+def test_evaluate_gives_the_same_answers_counts_and_scores(place, chats, two_processes, name, metric, tmp_path):
+    folder, _ = place
+    prompt = "{question}" + AFTER_QUESTION[name]
+    arguments = ["evaluate", "--model", folder / "model", "--data", folder / name, "--metric", metric, "--output"]
+    arguments += [tmp_path / "out", "--budgets", "4,auto", "--prompt", prompt, "--max-new-tokens", "16"]
+    assert command_line([str(argument) for argument in arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = {row["budget"]: row["figures"] for row in results["budgets"]}
+    theirs = {"docvqa": "anls", "chartqa": "relaxed_overall"}[name]
+    for budget, run_there in (("4", chats), ("auto", two_processes)):
+        answered = [row["answered"][budget] for row in rows]
+        assert [answer["prediction"] for answer in answered] == run_there.answers(name)
+        assert [answer["visual_tokens"] for answer in answered] == run_there.visual_tokens(name)
+        assert figures[budget][metric] == pytest.approx(run_there.scores(name)[theirs], abs=1e-4)
 
 
 def test_yes_ratio_of_lmms_eval_is_that_of_the_references(place, chats):
