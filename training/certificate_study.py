@@ -24,8 +24,8 @@ from tqdm import tqdm
 from adaptive_llava.training.accuracy_certificate import Certificate
 from adaptive_llava.training.calibrate_accuracy import TESTED_SHARE, NotCertified, certify, check_number
 from adaptive_llava.training.evaluation import answered_at_each_count
+from adaptive_llava.training.markdown_table import table
 from adaptive_llava.training.question_samples import Sample
-from adaptive_llava.training.readme_figures import table
 from adaptive_llava.training.router_statistic import processed_batches, router_statistic
 from adaptive_llava.training.sample_images import SampleImages, sample_images
 from adaptive_llava.training.study.families import FAMILIES, render
