@@ -202,7 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure with every client, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results") / "hub_traffic.json")
-    parser.add_argument("--other", help="interpreter with another generation of clients")
+    parser.add_argument(
+        "--other", type=lambda path: str(Path(path).absolute()), help="interpreter with another generation of clients"
+    )
     options = parser.parse_args(arguments)
     reports = []
     for python in filter(None, (sys.executable, options.other)):
