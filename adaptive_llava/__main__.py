@@ -15,9 +15,10 @@ COMMANDS = {
     "evaluate": ("adaptive_llava.training.evaluate", "answer a dataset at several token budgets, and score it"),
     "documents": ("adaptive_llava.training.documents_day", "fine-tune on pages, and tell how many tokens they need"),
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
-    "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
+    "card": ("adaptive_llava.hub_cards.card", "write a model's card from its results, or check the one it has"),
     "push": ("adaptive_llava.hub_cards.push", "upload a model or adapter to the Hub, as one commit"),
     "verify": ("adaptive_llava.hub_cards.verify", "check what a repository of the Hub would run"),
+    "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
 }
 
 

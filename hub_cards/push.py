@@ -8,6 +8,9 @@
 Large files go first, and nobody sees them; the commit then shows everything at once. What an interruption leaves is
 used by the next run: only files that are missing or that changed are sent. Weights and code of an earlier push that
 are no longer among the files are removed by the same commit. The token is that of `hf auth login`, or HF_TOKEN.
+
+A model gets a card (see `card`) unless it has one that a person wrote. No commit can name itself: a second one puts
+the id of the first into the card's loading snippets.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
+from adaptive_llava.hub_cards.card import add_card, gets_card
+from adaptive_llava.hub_cards.card_text import pinned_revision
 from adaptive_llava.hub_cards.hub_errors import check_reachable, tell_hub_failures
-from adaptive_llava.hub_cards.upload_plan import UploadPlan, plan_upload
+from adaptive_llava.hub_cards.upload_plan import CARD, UploadPlan, plan_upload
 from adaptive_llava.modeling.code_files import MANIFEST_NAME, copy_code
 
 
@@ -40,12 +46,14 @@ class Pushed:
         url: Page of the commit, or of the pull request.
         changed: False if everything was there already, and no commit was made.
         removed: Names of files of an earlier push that the commit removed.
+        card: Commit of the card that names `commit`, if one had to be made.
     """
 
     commit: str
     url: str
     changed: bool
     removed: tuple[str, ...] = ()
+    card: str | None = None
 
 
 def push(
@@ -63,7 +71,7 @@ def push(
     message: str | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Upload a folder as one commit.
+    """Upload a folder as one commit, and let a rendered card name it.
 
     Args:
         folder: What `save_pretrained` of a model or adapter, and of its processor, wrote.
@@ -93,9 +101,17 @@ def push(
             untrained=untrained,
             results=results,
         )
+        code = None
         if code_repository is not None:
-            push_code(code_repository, private=private, update=update_code, token=token)
-        return _commit(
+            code = push_code(code_repository, private=private, update=update_code, token=token).commit
+        pins = _Pins(HfApi(token=token), name, revision)
+        rendered = gets_card(plan, Path(folder))
+        standing = pins.standing() if rendered else None
+        if rendered:
+            if plan.code_repository is not None and code is None:
+                code = pins.newest(plan.code_repository)
+            add_card(plan, Path(folder), Path(staging), name, revision=standing, code_revision=code)
+        done = _commit(
             name,
             plan.files,
             message or f"Upload {'adapter' if plan.is_adapter else 'model'}",
@@ -105,6 +121,54 @@ def push(
             create_pr=create_pr,
             token=token,
         )
+        if not rendered or create_pr or (standing is not None and pins.has_all(standing, done.commit)):
+            return done
+        add_card(plan, Path(folder), Path(staging), name, revision=done.commit, code_revision=code)
+        return replace(done, card=pins.pin(plan.files[CARD], done.commit))
+
+
+@dataclass(frozen=True)
+class _Pins:
+    """The commit that a rendered card names, in one branch of a repository."""
+
+    api: HfApi
+    name: str
+    revision: str | None
+
+    def newest(self, name: str) -> str:
+        """The newest commit of a repository."""
+        with tell_hub_failures(name, "was not read"):
+            return self.api.repo_info(name).sha
+
+    def standing(self) -> str | None:
+        """What the card that is there names."""
+        with tell_hub_failures(self.name, "was not read"):
+            if not self.api.file_exists(self.name, CARD, revision=self.revision):
+                return None
+            path = Path(self.api.hf_hub_download(self.name, CARD, revision=self.revision))
+        return pinned_revision(path.read_text(encoding="utf-8"))
+
+    def has_all(self, old: str, new: str) -> bool:
+        """Whether an old commit has the files of a new one, the card aside."""
+        with tell_hub_failures(self.name, "was not read"):
+            try:
+                found = [_file_ids(self.api, self.name, commit) for commit in (old, new)]
+            except RevisionNotFoundError:
+                return False
+        return found[0] | {CARD: None} == found[1] | {CARD: None}
+
+    def pin(self, card: Path, commit: str) -> str:
+        """Commit a card on top of the commit that it names."""
+        state = "All of it is there but for its card's pin, which the same command adds."
+        with tell_hub_failures(self.name, "was not pinned in its card", state):
+            done = self.api.create_commit(
+                self.name,
+                [CommitOperationAdd(CARD, str(card))],
+                commit_message=f"Pin {commit[:8]} in the card",
+                revision=self.revision,
+                parent_commit=commit,
+            )
+        return done.oid
 
 
 def push_code(name: str, *, private: bool = False, update: bool = False, token: str | None = None) -> Pushed:
@@ -228,13 +292,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pop("dry_run"):
         chosen = {key: options[key] for key in ("code_repository", "base", "untrained", "results")}
         with tempfile.TemporaryDirectory() as staging:
-            print(listing(plan_upload(folder, Path(staging), **chosen), name))
+            plan = plan_upload(folder, Path(staging), **chosen)
+            if gets_card(plan, folder):
+                add_card(plan, folder, Path(staging), name)
+            print(listing(plan, name))
         return 0
     done = push(folder, name, **options)
     if not done.changed:
         print(f"{name} has all of it already, at commit {done.commit}")
+        if done.card is not None:
+            print(f"its card now names that commit, by commit {done.card}")
         return 0
     print(f"pushed in one commit: {done.url}")
+    if done.card is not None:
+        print(f"its card names that commit, by one more: {done.card}")
     if done.removed:
         print(f"removed, from an earlier push: {', '.join(done.removed)}")
     print(f"Check what others will run: python -m adaptive_llava verify {name}@{done.commit}")

@@ -22,13 +22,14 @@ CONFIG, PROCESSOR, ADAPTER, CARD = "config.json", "processor_config.json", "adap
 INDEX = "model.safetensors.index.json"
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
+RESULT_FILES = ("results.json", "*_results.json", "evaluation*.json")
 # Everything else stays where it is: optimizer states, logs, caches, and whatever else happens to lie in a folder.
 GOES_UP = (
     CONFIG, "generation_config.json", PROCESSOR, "preprocessor_config.json", "video_preprocessor_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja",
     CARD, "LICENSE", "LICENSE.*",
-    "results.json", "*_results.json", "evaluation*.json", "documents_day.json", "router_training.json",
+    *RESULT_FILES, "documents_day.json", "router_training.json",
     ".eval_results/*.yaml",
 )  # fmt: skip
 _PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp")
@@ -136,7 +137,7 @@ def plan_upload(
                 "mean nothing to whoever loads it. Train it first, or pass --untrained; its card then says so."
             )
         _replace(plan, staging, CARD, untrained_card(card))
-    elif CARD not in plan.files:
+    elif plan.is_adapter and CARD not in plan.files:
         plan.notes.append(f"There is no {CARD}, so the repository gets no card.")
     return plan
 
