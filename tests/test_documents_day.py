@@ -135,6 +135,26 @@ def test_a_fine_tuned_model_is_measured_without_training_and_scores_the_same(day
     assert (output / "model").is_dir()
 
 
+def test_the_model_goes_to_the_hub_as_one_commit_with_its_results(day, receipts, hub, tmp_path):
+    output, _ = day
+    with hub.client(tmp_path / "user") as user:
+        arguments = [
+            "documents",
+            "--skip-training",
+            "--model",
+            output / "model",
+            "--data",
+            receipts,
+            "--holdout",
+            "0.3",
+        ]
+        pushed = user.command(*arguments, "--budgets", "1", "--output", "out", "--push", "ada/receipts")
+        assert pushed.status == 0, pushed.err
+        verified = user.command("verify", "ada/receipts")
+    assert verified.status == 0, verified.out
+    assert {"model.safetensors", "config.json", "README.md", "documents_day.json"} <= set(hub.files("ada/receipts"))
+
+
 @pytest.mark.compat
 def test_a_model_that_does_not_read_is_told_so(base, receipts, tmp_path, capsys):
     lora = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--max_steps", "1", "--logging_steps", "1"]
