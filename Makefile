@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 ENVIRONMENT := .venv
 ENVIRONMENT_4 := .venv-transformers-4
 ENVIRONMENT_LMMS := .venv-lmms
+ENVIRONMENT_DEMO := .venv-demo
 LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
 
 # One thread per test process: two processes that each start a thread per core only get in each other's way.
@@ -20,7 +21,8 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart study reproduce-7b test test-transformers-4 lmms-environment test-lmms style check clean
+.PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms style
+.PHONY: check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -34,9 +36,17 @@ study: $(ENVIRONMENT)/installed
 reproduce-7b: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.reproduce_7b --data "$(DATA)" $(ARGS)
 
+## Chat with images in a browser, on a CPU; MODEL=user/name for another model than the shipped one.
+demo: $(ENVIRONMENT_DEMO)/installed
+	$(ENVIRONMENT_DEMO)/bin/python -m adaptive_llava.hub_cards.space.app $(if $(MODEL),--model "$(MODEL)")
+
 ## All tests.
 test: $(ENVIRONMENT)/installed
 	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT_4)) $(ENVIRONMENT)/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+## The demo's tests, those in a browser too where chromium is installed.
+test-demo: $(ENVIRONMENT_DEMO)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT_DEMO)/bin/python -m pytest --timeout 1200 tests/test_demo.py tests/test_demo_browser.py tests/test_push_space.py $(PYTEST_ARGS)
 
 ## The compatibility tests, with transformers 4.57.
 test-transformers-4: $(ENVIRONMENT_4)/installed
@@ -66,7 +76,7 @@ check: $(ENVIRONMENT)/installed
 
 ## Remove the environments, the caches and what a build left behind.
 clean:
-	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) build dist *.egg-info
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -75,6 +85,9 @@ $(ENVIRONMENT)/installed: constraints.txt setup.cfg pyproject.toml
 
 $(ENVIRONMENT_4)/installed: constraints-transformers-4.57.txt setup.cfg pyproject.toml
 	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt,dev)
+
+$(ENVIRONMENT_DEMO)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_DEMO),constraints.txt,demo-test)
 
 # lmms-eval without its requirements: they would bring another torch (training/lmms_eval_plugin/README.md).
 $(ENVIRONMENT_LMMS)/installed: constraints.txt setup.cfg pyproject.toml

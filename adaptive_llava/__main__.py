@@ -17,6 +17,7 @@ COMMANDS = {
     "freeze-budget": ("adaptive_llava.training.freeze_budget", "write a copy with one token count for all images"),
     "card": ("adaptive_llava.hub_cards.card", "write a model's card from its results, or check the one it has"),
     "push": ("adaptive_llava.hub_cards.push", "upload a model or adapter to the Hub, as one commit"),
+    "push-space": ("adaptive_llava.hub_cards.push_space", "upload the demo to a Space"),
     "verify": ("adaptive_llava.hub_cards.verify", "check what a repository of the Hub would run"),
     "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
 }
