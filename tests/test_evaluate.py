@@ -159,10 +159,18 @@ def test_a_killed_run_goes_on_where_it_was(finished, rendered, tmp_path, monkeyp
     assert "is already there, and nothing is overwritten" in capsys.readouterr().err
 
 
-def test_two_processes_take_up_what_one_began_and_say_the_same(finished, rendered, tmp_path):
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_take_up_what_one_began_and_say_the_same(finished, rendered, tmp_path, launcher):
     output = tmp_path / "run"
     kill_in_the_midst(rendered, output)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "adaptive_llava"]
+    launch = ["-m", *LAUNCHERS[launcher].split(), "-m", "adaptive_llava"]
     command = [sys.executable, *launch, "evaluate", *arguments(rendered, output)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -175,6 +183,25 @@ def test_two_processes_take_up_what_one_began_and_say_the_same(finished, rendere
             for name in timed:
                 row.pop(name, None)
     assert alone == together and not unfinished(output).exists()
+
+
+UPLOAD = """
+from datasets import load_dataset
+load_dataset("imagefolder", data_dir={folder!r}, split="train").push_to_hub("ada/pictures", split="validation")
+"""
+
+
+def test_a_model_and_a_dataset_of_the_hub(finished, rendered, hub, tmp_path):
+    with hub.client(tmp_path / "user") as user:
+        assert user.command("push", SHIPPED, "ada/small").status == 0
+        uploaded = user.code(UPLOAD.format(folder=str(rendered)))
+        assert uploaded.status == 0, uploaded.err[-2000:]
+        asked = {"model": "ada/small", "data": "ada/pictures", "split": "validation"}
+        done = user.command("evaluate", *arguments(rendered, tmp_path / "run", **asked))
+    assert done.status == 0, done.err[-2000:]
+    predicted = [[answer["prediction"] for answer in row["answered"].values()] for row in rows_of(tmp_path / "run")]
+    expected = [[answer["prediction"] for answer in row["answered"].values()] for row in rows_of(finished)]
+    assert sorted(predicted) == sorted(expected)
 
 
 @pytest.mark.parametrize(
