@@ -20,6 +20,7 @@ COMMANDS = {
     "push-space": ("adaptive_llava.hub_cards.push_space", "upload the demo to a Space"),
     "verify": ("adaptive_llava.hub_cards.verify", "check what a repository of the Hub would run"),
     "profile": ("adaptive_llava.training.profile", "FLOPs by part, cache bytes, and times beside what FLOPs predict"),
+    "serve": ("adaptive_llava.serve", "answer chats with images over OpenAI's protocol"),
 }
 
 

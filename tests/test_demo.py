@@ -24,8 +24,9 @@ from adaptive_llava.hub_cards.space.chat_turn import (
 )
 from adaptive_llava.hub_cards.space.model_choice import chosen_model, example_pictures, load
 from adaptive_llava.hub_cards.space.token_overlay import draw, overlays, query_tokens, tokens_of_views, window_tokens
-from adaptive_llava.hub_cards.space.upload_check import MAX_BYTES, MAX_IMAGES, check_text, read_upload, read_uploads
+from adaptive_llava.hub_cards.space.upload_check import check_text, read_uploads
 from adaptive_llava.hub_cards.space.view_boxes import view_boxes
+from adaptive_llava.image_bytes import MAX_BYTES, MAX_IMAGES, read_image_bytes
 from adaptive_llava.modeling.view_geometry import ImageViews, cut_image
 from adaptive_llava.training.flop_counts import count_flops
 from tests.conftest import TINY_COMPRESSORS, tiny_images, tiny_model
@@ -64,7 +65,7 @@ RED = Image.new("RGB", (40, 30), (200, 0, 0))
 def test_images_of_known_formats_are_read_upright(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    assert read_upload(encoded(RED, kind, exif=exif)).size == (30, 40)
+    assert read_image_bytes(encoded(RED, kind, exif=exif)).size == (30, 40)
 
 
 @pytest.mark.parametrize(
@@ -86,19 +87,19 @@ def test_images_of_known_formats_are_read_upright(kind):
 )
 def test_other_uploads_are_refused(content, said):
     with pytest.raises(ValueError, match=said):
-        read_upload(content)
+        read_image_bytes(content)
 
 
 def test_a_claimed_size_is_refused_before_a_pixel_is_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="has 6000x5000 pixels"):
-        read_upload(png_of_size(6000, 5000))
+        read_image_bytes(png_of_size(6000, 5000))
 
 
 @pytest.mark.parametrize("source", ["https://example.org/cat.png", "/etc/hostname", Path(__file__), None])
 def test_addresses_and_paths_are_not_read(source):
     with pytest.raises(TypeError, match="no path or address is read"):
-        read_upload(source)
+        read_image_bytes(source)
 
 
 def test_texts_and_numbers_of_images_have_limits():

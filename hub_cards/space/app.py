@@ -32,7 +32,8 @@ from adaptive_llava.hub_cards.space.chat_turn import (
 )
 from adaptive_llava.hub_cards.space.model_choice import chosen_model, example_pictures, load
 from adaptive_llava.hub_cards.space.token_overlay import overlays
-from adaptive_llava.hub_cards.space.upload_check import MAX_BYTES, check_text, read_uploads
+from adaptive_llava.hub_cards.space.upload_check import check_text, read_uploads
+from adaptive_llava.image_bytes import MAX_BYTES
 
 
 _CARD = Path(__file__).resolve().parent / "README.md"
