@@ -2,12 +2,17 @@
 PYTHON ?= python3
 # A folder of your own images for `make quickstart`: make quickstart IMAGES=some/folder
 IMAGES ?=
+# The folder of LLaVA's data for `make reproduce-7b`, and further options: make reproduce-7b ARGS=--dry-run
+DATA ?= data
+ARGS ?=
 # Test processes, and further pytest options: make test PYTEST_ARGS="-k router"
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
 ENVIRONMENT := .venv
 ENVIRONMENT_4 := .venv-transformers-4
+ENVIRONMENT_LMMS := .venv-lmms
+ENVIRONMENT_DEMO := .venv-demo
 LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
 
 # One thread per test process: two processes that each start a thread per core only get in each other's way.
@@ -16,7 +21,8 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart study test test-transformers-4 style check clean
+.PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms style
+.PHONY: check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -26,13 +32,33 @@ quickstart: $(ENVIRONMENT)/installed
 study: $(ENVIRONMENT)/installed
 	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers $(WORKERS)
 
+## LLaVA-1.5-7B with each preset, on 8 GPUs and with the Hub; `make reproduce-7b ARGS=--dry-run` prints the commands.
+reproduce-7b: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.reproduce_7b --data "$(DATA)" $(ARGS)
+
+## Chat with images in a browser, on a CPU; MODEL=user/name for another model than the shipped one.
+demo: $(ENVIRONMENT_DEMO)/installed
+	$(ENVIRONMENT_DEMO)/bin/python -m adaptive_llava.hub_cards.space.app $(if $(MODEL),--model "$(MODEL)")
+
 ## All tests.
 test: $(ENVIRONMENT)/installed
 	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT_4)) $(ENVIRONMENT)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
+## The demo's tests, those in a browser too where chromium is installed.
+test-demo: $(ENVIRONMENT_DEMO)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT_DEMO)/bin/python -m pytest --timeout 1200 tests/test_demo.py tests/test_demo_browser.py tests/test_push_space.py $(PYTEST_ARGS)
+
 ## The compatibility tests, with transformers 4.57.
 test-transformers-4: $(ENVIRONMENT_4)/installed
 	$(TEST_SETTINGS) $(call other,$(ENVIRONMENT)) $(ENVIRONMENT_4)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
+
+## The environment in which lmms-eval runs these models: .venv-lmms/bin/python -m lmms_eval --model adaptive_llava ...
+lmms-environment: $(ENVIRONMENT_LMMS)/installed
+
+## lmms-eval, started as a user does.
+test-lmms: $(ENVIRONMENT)/installed $(ENVIRONMENT_LMMS)/installed
+	$(TEST_SETTINGS) ADAPTIVE_LLAVA_LMMS_PYTHON="$(CURDIR)/$(ENVIRONMENT_LMMS)/bin/python" \
+		$(ENVIRONMENT)/bin/python -m pytest --timeout 600 tests/test_lmms_eval.py $(PYTEST_ARGS)
 
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed
@@ -50,22 +76,31 @@ check: $(ENVIRONMENT)/installed
 
 ## Remove the environments, the caches and what a build left behind.
 clean:
-	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ENVIRONMENT)/installed: constraints.txt setup.cfg pyproject.toml
-	$(call install,$(ENVIRONMENT),constraints.txt)
+	$(call install,$(ENVIRONMENT),constraints.txt,dev)
 
 $(ENVIRONMENT_4)/installed: constraints-transformers-4.57.txt setup.cfg pyproject.toml
-	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt)
+	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt,dev)
 
-# $(1): the environment's folder, $(2): its constraints. torch goes first, pinned: resolved along with the others it
-# may bring gigabytes of CUDA packages.
+$(ENVIRONMENT_DEMO)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_DEMO),constraints.txt,demo-test)
+
+# lmms-eval without its requirements: they would bring another torch (training/lmms_eval_plugin/README.md).
+$(ENVIRONMENT_LMMS)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_LMMS),constraints.txt,lmms,lmms-eval)
+
+# $(1): the environment's folder, $(2): its constraints, $(3): the package's extra, $(4): what goes in by itself. torch
+# goes first, pinned: resolved along with the others it may bring gigabytes of CUDA packages.
 define install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
 	@echo "Building $(1) (torch and transformers; a few minutes, once)"
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
-	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[dev]"
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[$(3)]"
+	$(if $(4),$(1)/bin/python -m pip install --quiet --constraint $(2) --no-deps $(4))
 	@touch $@
 endef

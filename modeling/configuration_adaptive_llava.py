@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.auto import modeling_auto
 
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
@@ -44,6 +45,11 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
     from .visual_tokens import VisionFeatures  # noqa: F401
 
 FORMAT = 1
+
+# `transformers serve` finds the class of remote code by this table alone; transformers 4 has no such table.
+getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})["adaptive_llava"] = (
+    "AdaptiveLlavaForConditionalGeneration"
+)
 
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",

@@ -112,6 +112,8 @@ class PlaceholderGenerationMixin(GenerationMixin):
         input_ids = inputs if input_ids is None else input_ids
         config = generation_config if generation_config is not None else self.generation_config
         kwargs.pop("mm_token_type_ids", None)
+        if "tokenizer" in kwargs:  # for stop strings; `transformers serve` hands the processor over
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         # the model never writes a placeholder
         suppressed = kwargs.get("suppress_tokens", config.suppress_tokens) or []
         kwargs["suppress_tokens"] = sorted({*suppressed, self.config.image_token_id})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ torch.set_num_threads(1)
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig  # noqa: E402
 
 from adaptive_llava import AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGeneration  # noqa: E402
+from tests.loopback_hub.running import Client, RunningHub, running_hub  # noqa: E402
 
 
 IMAGE_TOKEN, PAD, BOS, EOS = 99, 0, 1, 2
@@ -135,6 +137,20 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("no folder with golden tensors and real images (set ADAPTIVE_LLAVA_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[RunningHub]:
+    """An empty Hub on 127.0.0.1, in a process of its own."""
+    with running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(hub: RunningHub, tmp_path_factory) -> Iterator[Client]:
+    """A user of that Hub, with a write token and an empty cache."""
+    with hub.client(tmp_path_factory.mktemp("client")) as started:
+        yield started
 
 
 def leave_together() -> None:

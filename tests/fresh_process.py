@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,13 @@ assert importlib.util.find_spec("adaptive_llava") is None, "the package is there
 """
 
 
-def run_without_package(code: str, *arguments: object, folder: Path, python: str = sys.executable) -> str:
+def run_without_package(
+    code: str,
+    *arguments: object,
+    folder: Path,
+    python: str = sys.executable,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Standard output of `code`, run isolated and without `site`, with links to all libraries but this package.
 
     Args:
@@ -29,10 +36,11 @@ def run_without_package(code: str, *arguments: object, folder: Path, python: str
         arguments: What the code gets, as text.
         folder: Working directory and home of the process.
         python: Interpreter whose libraries are used.
+        variables: Environment of the process; by default an offline one with its caches in `folder`.
     """
     libraries = Path(tempfile.mkdtemp(dir=folder)) / "libraries"
     link_libraries(libraries, _search_path(python))
-    environment = {
+    offline = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "HF_HOME": str(folder / "huggingface"),
@@ -44,7 +52,7 @@ def run_without_package(code: str, *arguments: object, folder: Path, python: str
         [python, "-I", "-S", "-c", _START + code, str(libraries), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=offline if variables is None else dict(variables),
         cwd=folder,
         check=False,
     )

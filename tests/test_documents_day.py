@@ -14,10 +14,10 @@ from trl import ModelConfig
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.__main__ import main
+from adaptive_llava.hub_cards.hub_errors import check_reachable
 from adaptive_llava.training import invoice_memory, small_document_model
 from adaptive_llava.training.budget_sweep import answer_at_budgets, chosen_budgets
 from adaptive_llava.training.document_pages import read_pages, split_pages, write_conversations
-from adaptive_llava.training.documents_day import check_push
 from adaptive_llava.training.quantised_loading import NOT_QUANTISED, placement
 from adaptive_llava.training.sft import check_arguments, parse_arguments
 from adaptive_llava.training.small_document_model import build_model, byte_tokenizer
@@ -133,6 +133,26 @@ def test_a_fine_tuned_model_is_measured_without_training_and_scores_the_same(day
     header = next(index for index, line in enumerate(printed) if line.startswith("budget"))
     assert [line.split()[:2] for line in printed[header + 1 : header + 5 : 2]] == [["1", "1.0"], ["full", "16.0"]]
     assert (output / "model").is_dir()
+
+
+def test_the_model_goes_to_the_hub_as_one_commit_with_its_results(day, receipts, hub, tmp_path):
+    output, _ = day
+    with hub.client(tmp_path / "user") as user:
+        arguments = [
+            "documents",
+            "--skip-training",
+            "--model",
+            output / "model",
+            "--data",
+            receipts,
+            "--holdout",
+            "0.3",
+        ]
+        pushed = user.command(*arguments, "--budgets", "1", "--output", "out", "--push", "ada/receipts")
+        assert pushed.status == 0, pushed.err
+        verified = user.command("verify", "ada/receipts")
+    assert verified.status == 0, verified.out
+    assert {"model.safetensors", "config.json", "README.md", "documents_day.json"} <= set(hub.files("ada/receipts"))
 
 
 @pytest.mark.compat
@@ -309,9 +329,9 @@ def test_several_processes_are_told_the_way(base, receipts, tmp_path, capsys, mo
 
 def test_a_push_needs_a_login(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("adaptive_llava.hub_cards.hub_errors.get_token", lambda: None)
     with pytest.raises(ValueError, match="needs a login. Run `hf auth login`"):
-        check_push("user/name")
+        check_reachable("--push", "user/name")
 
 
 def test_other_models_and_tiled_ones_are_told_what_they_lack(tmp_path):

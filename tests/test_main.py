@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from PIL import Image
 
 from adaptive_llava import AdaptiveLlavaProcessor
@@ -59,3 +60,11 @@ def test_a_value_that_cannot_work_is_told_in_one_line(tmp_path, capsys):
     arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "images"), "--target-mean", "99"]
     assert main(["calibrate", *arguments]) == 2
     assert "calibrate: error: `target_mean=99` cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.compat
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 has the server")
+def test_without_its_server_transformers_4_is_told_in_one_line(tmp_path, capsys):
+    save(tmp_path / "model")
+    assert main(["serve", str(tmp_path / "model")]) == 2
+    assert "The server" in capsys.readouterr().err.splitlines()[-1]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
+import yaml
 
 from adaptive_llava.training.metrics.anls.anls import levenshtein, similarity
 from adaptive_llava.training.metrics.field_f1.field_f1 import read_fields
@@ -363,7 +364,8 @@ def test_two_processes_score_what_one_does(tmp_path):
 def test_a_metric_s_folder_is_a_space(name):
     folder = METRICS / name
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\n") and "sdk: gradio\napp_file: app.py\n" in card and "- evaluate\n" in card
+    head = yaml.safe_load(card.split("---\n")[1])  # the Hub refuses a card whose head is no YAML
+    assert (head["sdk"], head["app_file"]) == ("gradio", "app.py") and "evaluate" in head["tags"]
     required = {line.split(">")[0] for line in (folder / "requirements.txt").read_text().split()}
     imported = {
         alias.name.split(".")[0]

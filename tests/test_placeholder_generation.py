@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from adaptive_llava import AdaptiveLlavaForConditionalGeneration
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from tests.conftest import (
     EOS,
     IMAGE_TOKEN,
@@ -36,6 +36,7 @@ from tests.conftest import (
     tiny_text_config,
     tiny_vision_config,
 )
+from tests.test_convert import character_tokenizer
 
 
 pytestmark = pytest.mark.compat
@@ -527,6 +528,16 @@ def test_an_iterator_streamer_yields_the_answer_from_another_thread():
     thread.start()
     assert "".join(streamer).split() == answer.split()
     thread.join()
+
+
+def test_stop_strings_take_a_tokenizer_or_a_processor():
+    model, inputs = tiny_model("dfmr"), inputs_of(ROWS[:1], images=1)
+    processor = AdaptiveLlavaProcessor.from_config(model.config, character_tokenizer())
+    length = inputs["input_ids"].shape[1]
+    answer = processor.decode(model.generate(**inputs, max_new_tokens=NEW)[0, length:])
+    for speaker in (processor, processor.tokenizer):
+        ids = model.generate(**inputs, max_new_tokens=NEW, stop_strings=[answer[:2]], tokenizer=speaker)
+        assert processor.decode(ids[0, length:]) == answer[:2] != answer
 
 
 class StopAfter(StoppingCriteria):

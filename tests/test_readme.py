@@ -11,7 +11,8 @@ import pytest
 
 from adaptive_llava import PRESETS
 from adaptive_llava.__main__ import COMMANDS
-from adaptive_llava.training.readme_figures import BLOCKS, ROOT, fill, main
+from adaptive_llava.training.readme_blocks import BLOCKS
+from adaptive_llava.training.readme_figures import ROOT, fill, main
 from tests.conftest import PRESETS_HERE
 
 

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from adaptive_llava.training.benchmark_workload import SHAPES, TEXT_TOKENS, Workload
-from adaptive_llava.training.flop_counts import prefill_flops, projector_flops, vision_tower_flops
+from adaptive_llava.training.flop_counts import count_flops, prefill_flops
 from adaptive_llava.training.paired_timing import Pairs, Ratio, ratio_of_medians
 
 
@@ -170,15 +170,10 @@ def _end_to_end(work: Workload, rung: int) -> Measurement:
         lambda: model(**prompt, pixel_values=pixels, visual_rungs=[2] * rows, logits_to_keep=1),
         most=COUNT_PAIRS,
     )
-    tower = vision_tower_flops(work.vision)
-    few, many = (
-        tower
-        + projector_flops(work.vision.hidden_size, work.text.hidden_size, tokens)
-        + prefill_flops(work.text, tokens + TEXT_TOKENS)
-        for tokens in (counts[rung], counts[2])
-    )
+    few, many = (count_flops(model.config, counts[index], TEXT_TOKENS) for index in (rung, 2))
     what = f"prefill with the tower, {counts[rung]} / {counts[2]} tokens + {TEXT_TOKENS} text, batch {rows}"
-    return Measurement(what, pairs, "s", few / many, notes={"tower_share_of_flops": [tower / few, tower / many]})
+    shares = [cost.vision_tower / cost.end_to_end for cost in (few, many)]
+    return Measurement(what, pairs, "s", few.end_to_end / many.end_to_end, notes={"tower_share_of_flops": shares})
 
 
 ROWS: dict[str, Callable[[Workload], Measurement]] = {

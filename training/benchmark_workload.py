@@ -21,6 +21,7 @@ from transformers import (
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, EncodedImages
 from adaptive_llava.training.paired_timing import Pairs, timed_pairs, wait_for
+from adaptive_llava.training.published_figures import llama_7b
 
 
 TEXT_TOKENS = 40
@@ -54,6 +55,26 @@ def _qwen2_5_half_b() -> PretrainedConfig:
         "num_attention_heads": 14,
     }
     return _text_config(num_key_value_heads=2, vocab_size=151936, **shape)
+
+
+def _clip_s_224() -> PretrainedConfig:
+    shape: dict[str, Any] = {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+    }
+    return CLIPVisionConfig(image_size=224, patch_size=16, projection_dim=384, **shape)
+
+
+def _qwen2_30m() -> PretrainedConfig:
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
+    return _text_config(num_key_value_heads=2, vocab_size=8192, **shape)
 
 
 def _tiny_vision() -> PretrainedConfig:
@@ -100,6 +121,8 @@ class Shape:
 SHAPES = {
     "siglip-b-224+qwen2.5-0.5b": Shape(_siglip_b_224, _qwen2_5_half_b),
     "clip-l-336+qwen2.5-0.5b": Shape(_clip_l_336, _qwen2_5_half_b),
+    "clip-s-224+qwen2-30m": Shape(_clip_s_224, _qwen2_30m),
+    "llava-1.5-7b": Shape(_clip_l_336, llama_7b),
     "tiny": Shape(_tiny_vision, _tiny_text, new_tokens=4),
 }
 

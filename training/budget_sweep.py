@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from adaptive_llava import AdaptiveLlavaConfig
 from adaptive_llava.training.document_pages import DocumentPage
+from adaptive_llava.training.evaluation import answer_batch
+from adaptive_llava.training.question_samples import Sample
+from adaptive_llava.training.token_budgets import adaptive_config, named_budgets, read_budgets
 
 
 FULL = "full"
-AUTO = "auto"
 MOST_TOKENS = sys.maxsize  # a budget that every count fits
 
 
@@ -49,34 +48,13 @@ def chosen_budgets(text: str | None, model: str) -> dict[str, int | str]:
         ValueError: Another kind of model; no numbers, numbers below the smallest count, or none for a model that cuts
             images into tiles.
     """
-    kind = AdaptiveLlavaConfig.get_config_dict(model)[0].get("model_type")
-    if kind != AdaptiveLlavaConfig.model_type:
-        raise ValueError(
-            f"`--model {model}` is of type {kind!r}. Give it a compressor and a router first: `python -m "
-            "adaptive_llava convert --from MODEL --to FOLDER --preset dfmr`."
-        )
-    config = AdaptiveLlavaConfig.from_pretrained(model)
-    counts = list(config.visual_token_counts)
+    config = adaptive_config(model)
+    numbers, routed = read_budgets(text, config)
     tiled = config.tiling["type"] == "anyres"
-    if text is None:
-        if tiled:
-            raise ValueError(
-                "`--budgets` is missing: this model cuts images into tiles, and budgets are for whole images. Pass "
-                "some, such as `--budgets 300,600,auto`."
-            )
-        numbers, routed = counts, True
-    else:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(part == AUTO or part.isdecimal() for part in parts):
-            raise ValueError(f"`--budgets {text}` must be whole numbers of tokens and 'auto', separated by commas.")
-        numbers, routed = sorted({int(part) for part in parts if part != AUTO}), AUTO in parts
-        if numbers and numbers[0] < counts[0]:
-            raise ValueError(f"`--budgets {text}`: this model spends at least {counts[0]} tokens (counts: {counts}).")
-    below = [number for number in numbers if tiled or number < counts[-1]]
-    return {**{str(number): number for number in below}, **({AUTO: AUTO} if routed else {}), FULL: FULL}
+    below = [number for number in numbers if tiled or number < config.visual_token_counts[-1]]
+    return {**named_budgets(below, routed), FULL: FULL}
 
 
-@torch.no_grad()
 def answer_at_budgets(
     model: Any,
     processor: Any,
@@ -101,46 +79,24 @@ def answer_at_budgets(
     Raises:
         ValueError: A budget that no count fits.
     """
-    model.eval()
-    answers = {name: Answers() for name in (*budgets, *([exchanged] if exchanged else []))}
-    bar = tqdm(total=len(pages), unit="page", desc="ask")
-    for chosen in np.array_split(np.arange(len(pages)), max(1, len(pages) // max(batch_size, 2))):
-        batch = [pages[index] for index in chosen]
-        inputs = processor.apply_chat_template(
-            [_conversation(page) for page in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
-        pixels = inputs["pixel_values"], inputs.get("image_sizes")
-        features = model.model.extract_features(*pixels)
-        for name, answer in answers.items():
-            start = time.perf_counter()
-            budget = MOST_TOKENS if name == exchanged else budgets[name]
-            budget = MOST_TOKENS if budget == FULL else budget
-            images = model.encode_images(*pixels, visual_token_budget=budget, features=features)
-            if name == exchanged:
-                images = images.select(np.roll(np.arange(len(batch)), 1).tolist())
-            said = model.generate(
-                inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                encoded_images=images,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )[:, inputs["input_ids"].shape[1] :]
-            answer.texts += processor.batch_decode(said, skip_special_tokens=True)
-            answer.tokens += images.lengths
-            answer.seconds += time.perf_counter() - start
-        bar.update(len(batch))
-    bar.close()
+    named = {name: MOST_TOKENS if budget == FULL else budget for name, budget in budgets.items()}
+    others = [exchanged] if exchanged else []
+    named |= dict.fromkeys(others, MOST_TOKENS)
+    answers = {name: Answers() for name in named}
+    with tqdm(total=len(pages), unit="page", desc="ask") as bar:
+        for chosen in np.array_split(np.arange(len(pages)), max(1, len(pages) // max(batch_size, 2))):
+            samples = [_sample(pages[index]) for index in chosen]
+            said = answer_batch(model, processor, samples, named, max_new_tokens=max_new_tokens, exchanged=others)
+            for name, answer in answers.items():
+                answer.texts += said.texts[name]
+                answer.tokens += [tokens for (tokens,) in said.tokens[name]]
+                answer.seconds += said.seconds[name]
+            bar.update(len(samples))
     return answers
 
 
-def _conversation(page: DocumentPage) -> list[dict[str, Any]]:
-    content = [{"type": "image", "path": page.path}, {"type": "text", "text": page.prompt}]
-    return [{"role": "user", "content": content}]
+def _sample(page: DocumentPage) -> Sample:
+    return Sample(page.file, page.prompt, (page.answer,), [page.path], {})
 
 
 def write_answers(answers: Mapping[str, Answers], pages: Sequence[DocumentPage], path: Path) -> None:

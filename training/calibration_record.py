@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -59,6 +60,7 @@ class Calibration:
     def provenance(self) -> dict[str, Any]:
         """What `config.calibration` records."""
         return {
+            "kind": "tokens",
             "data": self.data_name,
             "num_images": self.num_images,
             "counted": self.counted,
@@ -79,16 +81,8 @@ class Calibration:
 
     def apply(self, model: nn.Module, processor: Any = None) -> None:
         """Let the model route by these thresholds from now on; write them into its config and its processor's copy."""
-        inner = routed_model(model)
-        inner.router.thresholds = self.thresholds
-        owners: list[Any] = [
-            module.config for module in (model, inner) if hasattr(getattr(module, "config", None), "router")
-        ]
-        for config in owners:
-            config.router = {**config.router, "thresholds": list(self.thresholds)}
-            config.calibration = self.provenance()
-        if processor is not None:
-            processor.router = dict(owners[0].router)
+        routed_model(model).router.thresholds = self.thresholds
+        record_calibration(model, processor, self.provenance())
 
     def summary(self) -> str:
         """The held-out figures in a few lines."""
@@ -123,16 +117,26 @@ class Calibration:
         figure.savefig(path, dpi=110)
 
 
-def routed_model(model: nn.Module) -> Any:
-    """The part of a model that has the vision tower and a router with thresholds, under any head or adapter.
+def inner_model(model: nn.Module) -> Any:
+    """The part of a model that has the vision tower and the router, under any head or adapter.
 
     Raises:
-        ValueError: No router, or one without thresholds; the routers that have some are named.
+        ValueError: There is no router.
     """
     found = (part for part in model.modules() if hasattr(part, "extract_features") and hasattr(part, "router"))
     inner = next(found, None)
     if inner is None:
         raise ValueError(f"`model` is a {type(model).__name__}, which has no router. Pass an adaptive LLaVA model.")
+    return inner
+
+
+def routed_model(model: nn.Module) -> Any:
+    """The same, if its router cuts a statistic at thresholds.
+
+    Raises:
+        ValueError: No router, or one without thresholds; the routers that have some are named.
+    """
+    inner = inner_model(model)
     router: Any = inner.router
     if not hasattr(router, "window_spread") or not router.thresholds:
         known = sorted(name for name, router_class in ROUTERS.items() if "thresholds" in option_names(router_class))
@@ -141,3 +145,37 @@ def routed_model(model: nn.Module) -> Any:
             f"compressor with several token counts: {', '.join(known)}."
         )
     return inner
+
+
+def record_calibration(model: nn.Module, processor: Any, record: Mapping[str, Any]) -> None:
+    """Write the options that a model's router now has, and their provenance, into its config and its processor."""
+    inner = inner_model(model)
+    owners: list[Any] = [
+        module.config for module in (model, inner) if hasattr(getattr(module, "config", None), "router")
+    ]
+    for config in owners:
+        config.router = dict(inner.router.options)
+        config.calibration = dict(record)
+    if processor is not None:
+        processor.router = dict(owners[0].router)
+
+
+def calibration_text(record: Mapping[str, Any]) -> str:
+    """What `config.calibration` says, in sentences for a model card."""
+    if record.get("kind") != "accuracy":
+        held_out = record["held_out"]
+        return (
+            f"The router's thresholds were set for a mean of {record['target_mean']:g} tokens on "
+            f"{record['num_images']} {record['counted']} of `{record['data']}`. Left out of the choice, "
+            f"{held_out['num_images']} of them have a mean of {held_out['mean']:.1f} tokens (standard error "
+            f"{held_out['standard_error']:.1f})."
+        )
+    tokens, score, confidence = record["mean_tokens"], record["score"], 100 * record["confidence"]
+    return (
+        f"Certified with {confidence:g} % confidence: on images drawn like those of `{record['data']}`, routing "
+        f"lowers the mean `{record['metric']}` by at most {record['bound']:.4g} against always spending "
+        f"{tokens['full']:g} tokens (Learn then Test over {record['num_settings']} settings of the router). On "
+        f"n = {record['num_tested']} images that had no part in placing these settings, {tokens['chosen']:.1f} tokens "
+        f"on average gave {score['chosen']:.4f}, and {tokens['full']:g} gave {score['full']:.4f}. Data (sha256): "
+        f"`{record['data_sha256']}`."
+    )

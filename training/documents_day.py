@@ -21,7 +21,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -31,18 +30,15 @@ from typing import Any
 
 import torch
 
+from adaptive_llava.hub_cards.hub_errors import check_reachable
+from adaptive_llava.hub_cards.push import push
 from adaptive_llava.training.budget_curve import curve_of, draw_curve, table_of
-from adaptive_llava.training.budget_sweep import (
-    AUTO,
-    MOST_TOKENS,
-    answer_at_budgets,
-    chosen_budgets,
-    write_answers,
-)
+from adaptive_llava.training.budget_sweep import MOST_TOKENS, answer_at_budgets, chosen_budgets, write_answers
 from adaptive_llava.training.calibrate import HISTOGRAM, MIN_IMAGES, calibrate_thresholds
 from adaptive_llava.training.calibration_record import Calibration, routed_model
 from adaptive_llava.training.document_pages import DocumentPage, read_pages, split_pages, write_conversations
 from adaptive_llava.training.quickstart_answers import peak_memory_mib
+from adaptive_llava.training.token_budgets import AUTO
 from adaptive_llava.training.token_need import SCORES, TokenNeed, draw_pages, token_need
 from adaptive_llava.training.whole_folder import check_free
 
@@ -58,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = check_free(options.output)
     check_options(options, of_recipe)
     if options.push:
-        check_push(options.push)
+        check_reachable("--push", options.push)
     budgets = chosen_budgets(options.budgets, options.model)
     folder = read_pages(options.data)
     train, held_out = split_pages(folder.pages, holdout=options.holdout, seed=options.seed)
@@ -127,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{table_of(results)}\n\n{need.sentence}\n{why if calibration is None else calibration.summary()}")
     print(f"written: {', '.join(str(output / name) for name in ('model', RESULTS, CURVE, ANSWERS))}")
     if options.push:
-        for part in (model, processor):
-            part.push_to_hub(options.push)
-        print(f"pushed: {options.push}")
+        untrained = not model.config.compressor_trained
+        done = push(output / "model", options.push, untrained=untrained, results=[output / RESULTS])
+        print(f"pushed: {done.url}")
     return 0
 
 
@@ -151,22 +147,6 @@ def check_options(options: argparse.Namespace, of_recipe: Sequence[str]) -> None
         raise ValueError(f"`--batch-size {options.batch_size}` must be at least 2: pages of a step are exchanged.")
     if options.skip_training and of_recipe:
         raise ValueError(f"`--skip-training` leaves no use for {' '.join(of_recipe)}. Leave one of the two out.")
-
-
-def check_push(name: str) -> None:
-    """Refuse a push that cannot succeed before hours of training.
-
-    Raises:
-        ValueError: No `user/name`, an offline machine, or nobody is logged in.
-    """
-    from huggingface_hub import constants, get_token
-
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or len(name) > 96:
-        raise ValueError(f"`--push {name}` is no id of a repository. Pass `user/name`.")
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"`--push {name}` needs the network, but HF_HUB_OFFLINE is set. Unset it, or push later.")
-    if get_token() is None:
-        raise ValueError(f"`--push {name}` needs a login. Run `hf auth login`, or set HF_TOKEN.")
 
 
 def fine_tune_on_pages(

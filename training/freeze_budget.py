@@ -54,7 +54,7 @@ def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: 
     """
     folder = Path(source)
     check_free(target)
-    _check_source(folder)
+    check_model_folder(folder)
     counts = AdaptiveLlavaConfig.from_pretrained(str(folder)).visual_token_counts
     if tokens < counts[0]:
         raise ValueError(
@@ -74,23 +74,12 @@ def freeze_budget(source: str | os.PathLike, target: str | os.PathLike, tokens: 
     return AdaptiveLlavaConfig.from_pretrained(str(target))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Freeze as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m adaptive_llava freeze-budget", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="DIR", help="folder of an adaptive LLaVA model with its processor")
-    parser.add_argument(
-        "--tokens", type=int, required=True, help="most visual tokens for an image (AnyRes: for a view)"
-    )
-    parser.add_argument("--to", dest="target", required=True, help="folder to write")
-    options = parser.parse_args(arguments)
-    config = freeze_budget(options.source, options.target, options.tokens)
-    count = config.visual_token_counts[config.router["rung"]]
-    part = "view" if config.tiling["type"] == "anyres" else "image"
-    print(f"{options.target}: {count} visual tokens for every {part} (of {list(config.visual_token_counts)})")
-    return 0
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that does not hold an adaptive LLaVA model with its processor.
 
-
-def _check_source(folder: Path) -> None:
+    Raises:
+        ValueError: It holds something else; what to do is said.
+    """
     missing = [name for name in (CONFIG, PROCESSOR) if not (folder / name).is_file()]
     if missing:
         advice = (
@@ -105,6 +94,22 @@ def _check_source(folder: Path) -> None:
             f"{folder} holds a {kind!r} model. Only adaptive LLaVA models have counts to choose from: convert it "
             "with `python -m adaptive_llava convert`."
         )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Freeze as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m adaptive_llava freeze-budget", description=__doc__.split("\n")[0])
+    parser.add_argument("source", metavar="DIR", help="folder of an adaptive LLaVA model with its processor")
+    parser.add_argument(
+        "--tokens", type=int, required=True, help="most visual tokens for an image (AnyRes: for a view)"
+    )
+    parser.add_argument("--to", dest="target", required=True, help="folder to write")
+    options = parser.parse_args(arguments)
+    config = freeze_budget(options.source, options.target, options.tokens)
+    count = config.visual_token_counts[config.router["rung"]]
+    part = "view" if config.tiling["type"] == "anyres" else "image"
+    print(f"{options.target}: {count} visual tokens for every {part} (of {list(config.visual_token_counts)})")
+    return 0
 
 
 def _copy(source: Path, target: Path) -> None:

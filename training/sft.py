@@ -204,6 +204,12 @@ def check_arguments(script: SftArguments, training: SFTConfig, model: ModelConfi
         raise ValueError(
             "`merge=True` merges a LoRA adapter, but `use_peft` is false: the saved model is already full."
         )
+    if training.push_to_hub and model.use_peft and os.path.isdir(str(model.model_name_or_path)):
+        raise ValueError(
+            f"`push_to_hub=True` would push an adapter of {model.model_name_or_path}, a base that nobody else has. "
+            "Push the base first (`python -m adaptive_llava push`), and pass its name as `model_name_or_path`; or "
+            "leave `push_to_hub` out, pass `merge=True`, and push the merged model."
+        )
     if script.merge and os.path.exists(os.path.join(str(training.output_dir), "merged")):
         raise ValueError(
             f"`merge=True` would write {training.output_dir}/merged, which is already there. Remove it, or choose "

@@ -11,31 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive_llava import PRESETS, AdaptiveLlavaConfig
 from adaptive_llava.modeling.projector import AdaptiveLlavaProjector
-from adaptive_llava.modeling.visual_tokens import VisionFeatures
-from adaptive_llava.training.flop_counts import prefusion_flops, vision_tower_flops
+from adaptive_llava.training.flop_counts import count_flops, vision_tower_flops
 from adaptive_llava.training.golden_parity import parity_errors
+from adaptive_llava.training.published_figures import llama_7b
 
 
 NAME = "systems"
-LLAMA_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-}
 INSTRUCTION = 40  # ids of text beside an image, for pre-fusion
 
 
@@ -46,43 +34,36 @@ def describe_preset(preset: str) -> dict[str, Any]:
         `token_counts`, fewest first, and under `parts` for each part its `parameters` and its `gflops`: one number per
         token count, without norms, activations and pooling, which multiply no matrices.
     """
-    config = AdaptiveLlavaConfig.from_preset(preset, text_config=LLAMA_7B)
+    config = AdaptiveLlavaConfig.from_preset(preset, text_config=llama_7b())
     counts = config.visual_token_counts
     with torch.device("meta"):
-        fusion, compressor, prefusion = config.build_fusion(), config.build_compressor(), config.build_prefusion()
-    router = config.build_router(compressor)  # small; and autocast, which it turns off, knows no meta device
-    routing = _flops(router, _features(config, compressor.input_dim, router.needs_blocks))
-    with torch.device("meta"):
-        projector = AdaptiveLlavaProjector.from_config(config, compressor)
-        features = _features(config, compressor.input_dim, router.needs_blocks)
-        states = dict.fromkeys(config.fusion_blocks or (), features.patches)
-        rungs = range(len(counts))
-        # pre-fusion reads all patches through the projector
-        patches = features.patches.shape[1] if prefusion is not None else 0
-        projected = [torch.empty(count + patches, compressor.output_dim) for count in counts]
+        compressor = config.build_compressor()
         parts = {
-            "multi_block_fusion": _part(fusion, [_flops(fusion, states) for _ in rungs]) if fusion else None,
-            "compressor": _part(compressor, [_flops(compressor.compress, features, rung) for rung in rungs]),
-            "router": _part(router, [routing for _ in rungs]),
-            "projector": _part(projector, [_flops(projector, tokens) for tokens in projected]) if projector else None,
+            "multi_block_fusion": config.build_fusion(),
+            "compressor": compressor,
+            "router": config.build_router(compressor),
+            "projector": AdaptiveLlavaProjector.from_config(config, compressor),
+            "modality_prefusion": config.build_prefusion(),
         }
-    if prefusion is not None:
-        cost = [
-            prefusion_flops(config.text_config, config.prefusion_layers, patches, count + INSTRUCTION)
-            for count in counts
-        ]
-        parts["modality_prefusion"] = _part(prefusion, cost)
+    flops = [count_flops(config, count, INSTRUCTION).parts for count in counts]
     return {
         "compressor": config.compressor,
         "router": config.router,
         "token_counts": list(counts),
-        "parts": {name: part for name, part in parts.items() if part is not None},
+        "parts": {
+            name: {
+                "parameters": sum(parameter.numel() for parameter in part.parameters()),
+                "gflops": [round(row[name] / 1e9, 4) for row in flops],
+            }
+            for name, part in parts.items()
+            if part is not None
+        },
     }
 
 
 def report(golden: Path) -> dict[str, Any]:
     """All presets, each with its parity errors; see `describe_preset` and `parity_errors`."""
-    config = AdaptiveLlavaConfig(text_config=LLAMA_7B)
+    config = AdaptiveLlavaConfig(text_config=llama_7b())
     return {
         "shape": "CLIP-L/336 tower, 24x24 patches, language model 4096 wide",
         "tower_gflops": vision_tower_flops(config.vision_config) / 1e9,
@@ -108,31 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{preset:<24} {row['token_counts']}  parity {'-' if worst is None else format(worst, '.1e')}")
     print(f"Results: {path}")
     return 0
-
-
-def _features(config: AdaptiveLlavaConfig, patch_dim: int, blocks: tuple[int, ...]) -> VisionFeatures:
-    height, width = config.view_grid
-    side, dim = config.vision_config.image_size, config.vision_feature_dim
-    return VisionFeatures(
-        patches=torch.empty(1, height * width, patch_dim),
-        grid=(height, width),
-        cls=torch.empty(1, dim),
-        pixels=torch.empty(1, 3, side, side),
-        views_per_image=(1,),
-        blocks=dict.fromkeys(blocks, torch.empty(1, height * width, dim)),
-        layer_cls=torch.empty(1, patch_dim),
-    )
-
-
-def _flops(call: Callable[..., Any], *arguments: Any) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call(*arguments)
-    return int(counter.get_total_flops())
-
-
-def _part(module: nn.Module, flops: list[int]) -> dict[str, Any]:
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    return {"parameters": parameters, "gflops": [round(value / 1e9, 4) for value in flops]}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import trainer_utils
 from trl import SFTTrainer
 
+from adaptive_llava.hub_cards.push import Pushed, push
 from adaptive_llava.training.finite_training import FirstSpoiledStep, all_finite
 from adaptive_llava.training.resume_point import UNFINISHED, newest_whole
 from adaptive_llava.training.whole_folder import NotWritten, move_into, replace_folder, tell_what_is_not_written
@@ -65,6 +66,43 @@ class WholeCheckpointTrainer(SFTTrainer):
                 move_into(stage / "model", Path(final))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> Pushed | None:
+        """Upload the final model as `python -m adaptive_llava push` does: one commit, without what only trainers read.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Is taken for True: the upload is complete when this returns.
+            token: By default that of the training arguments, then that of `hf auth login`.
+            revision: Branch, by default that of the training arguments, then `main`.
+            card: See `create_model_card`.
+
+        Returns:
+            The commit; `None` in any process but the first.
+
+        Raises:
+            ValueError: What was saved cannot be pushed; it is in `output_dir`, and the message says what to do.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        name = str(self.hub_model_id)
+        self.create_model_card(model_name=card.pop("model_name", name.split("/")[-1]), **card)
+        self._finish_current_push()
+        revision = revision or getattr(self.args, "hub_revision", None)
+        options: dict[str, Any] = {"token": token, "revision": revision, "message": commit_message}
+        return push(str(self.args.output_dir), name, untrained=True, **options)
 
     def save_state(self) -> None:
         with self._small_files():

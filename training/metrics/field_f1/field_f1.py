@@ -79,6 +79,15 @@ def f1(right: int, predicted: int, expected: int) -> float:
     return 2 * right / (predicted + expected) if predicted + expected else 0.0
 
 
+def page_f1(prediction: str, reference: str) -> float:
+    """F1 over the fields of one page.
+
+    Raises:
+        ValueError: The reference is no JSON object with fields.
+    """
+    return f1(*map(sum, zip(*compare_fields(prediction, reference).values(), strict=True)))
+
+
 class FieldF1(evaluate.Metric):
     """`evaluate.load("training/metrics/field_f1").compute(predictions=['{"total": "9"}'], references=[...])`."""
 

@@ -91,6 +91,16 @@ def check(reference: Any) -> None:
         )
 
 
+def inferred(prediction: str, reference: Mapping[str, Any]) -> str | None:
+    """The letter that an answer means among the options of a checked reference."""
+    return infer(prediction, dict(zip(LETTERS, reference["options"], strict=False)))
+
+
+def is_right(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether an answer means the letter of a checked reference."""
+    return inferred(prediction, reference) == reference["answer"]
+
+
 class MmBench(evaluate.Metric):
     """`evaluate.load("training/metrics/mmbench").compute(predictions=["B"], references=[{"index": 7, ...}])`."""
 
@@ -122,10 +132,7 @@ class MmBench(evaluate.Metric):
                 f"There are {len(predictions)} `predictions` and {len(references)} `references`. Pass one answer and "
                 "one mapping per rotation."
             )
-        letters = [
-            infer(prediction, dict(zip(LETTERS, reference["options"], strict=False)))
-            for prediction, reference in zip(predictions, references, strict=True)
-        ]
+        letters = [inferred(*pair) for pair in zip(predictions, references, strict=True)]
         questions: dict[int, dict[int, bool]] = {}
         for letter, reference in zip(letters, references, strict=True):
             question, index = reference["index"] % ROTATION, reference["index"]

@@ -79,6 +79,11 @@ def check(reference: Any) -> None:
         )
 
 
+def is_right(prediction: str, reference: Mapping[str, str]) -> bool:
+    """Whether an answer is that of a checked reference."""
+    return parse(prediction) == reference["answer"].lower()
+
+
 def score_category(images: Mapping[str, list[bool]]) -> dict[str, float]:
     """Figures of one category, from the two questions of every image, right or wrong.
 
@@ -127,16 +132,15 @@ class Mme(evaluate.Metric):
                 "one mapping per question."
             )
         categories: dict[str, dict[str, list[bool]]] = {}
-        said = [parse(prediction) for prediction in predictions]
-        for word, reference in zip(said, references, strict=True):
+        for prediction, reference in zip(predictions, references, strict=True):
             images = categories.setdefault(reference["category"], {})
-            images.setdefault(reference["question_id"], []).append(word == reference["answer"].lower())
+            images.setdefault(reference["question_id"], []).append(is_right(prediction, reference))
         per_category = {name: score_category(images) for name, images in sorted(categories.items())}
         return {
             "perception": _sum(per_category, PERCEPTION),
             "cognition": _sum(per_category, COGNITION),
             "per_category": per_category,
-            "other": said.count("other") / len(said),
+            "other": [parse(prediction) for prediction in predictions].count("other") / len(predictions),
         }
 
 

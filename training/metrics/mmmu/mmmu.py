@@ -136,6 +136,13 @@ def check(reference: Any) -> None:
         )
 
 
+def is_right(prediction: str, reference: Mapping[str, Sequence[str]]) -> bool:
+    """Whether an answer is that of a checked reference; one that names no option is not."""
+    if not reference["options"]:
+        return is_right_open(prediction, reference["answer"])
+    return parse_choice(prediction, reference["options"]) in reference["answer"]
+
+
 class Mmmu(evaluate.Metric):
     """`evaluate.load("training/metrics/mmmu").compute(predictions=["B"], references=[{"answer": ["B"], ...}])`."""
 

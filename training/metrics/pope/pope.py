@@ -65,6 +65,11 @@ def check(reference: Any) -> None:
         raise ValueError(f"`references` holds the answer {reference['answer']!r}. POPE knows 'yes' and 'no'.")
 
 
+def is_right(prediction: str, reference: Mapping[str, str]) -> bool:
+    """Whether an answer is that of a checked reference."""
+    return says_yes(prediction) == (reference["answer"].lower() == "yes")
+
+
 def figures(said: list[bool], expected: list[bool]) -> dict[str, float]:
     """The five figures of one split, from what was said and what is right, `True` for yes."""
     pairs = list(zip(said, expected, strict=True))

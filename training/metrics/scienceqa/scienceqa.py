@@ -69,6 +69,11 @@ def check(reference: Any) -> None:
         )
 
 
+def is_right(prediction: str, reference: Mapping[str, Any]) -> bool:
+    """Whether an answer names the letter of a checked reference."""
+    return parse(prediction) == LETTERS[reference["answer"]]
+
+
 class ScienceQa(evaluate.Metric):
     """`evaluate.load("training/metrics/scienceqa").compute(predictions=["B"], references=[{"answer": 1, ...}])`."""
 
@@ -101,5 +106,5 @@ class ScienceQa(evaluate.Metric):
                 "one mapping per question."
             )
         letters = [parse(prediction) for prediction in predictions]
-        right = [letter == LETTERS[row["answer"]] for letter, row in zip(letters, references, strict=True)]
+        right = [is_right(*pair) for pair in zip(predictions, references, strict=True)]
         return {"accuracy": sum(right) / len(right), "unparsed": letters.count(None) / len(letters)}
