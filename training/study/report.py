@@ -117,7 +117,7 @@ def _answers(results: Mapping[str, Any]) -> str:
         f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Of oracles, "
         f"on pool: {oracles}. Trained at "
         f"one count from the same base: {early} ({first}, {last}); the last quarter of their steps added "
-        f"{100 * min(late):+.1f} to {100 * max(late):+.1f} points."
+        f"{100 * min(late):+.1f} to {100 * max(late):+.1f} points (less than 1 counts as converged)."
     )
 
 
