@@ -28,7 +28,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 quickstart: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)")
 
-## Does per-image routing pay? Trains small models for about an hour on two cores; goes on where it was stopped.
+## Does per-image routing pay? Trains small models for 80 minutes on two cores; goes on where it was stopped.
 study: $(ENVIRONMENT)/installed
 	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers $(WORKERS)
 

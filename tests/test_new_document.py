@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from adaptive_llava.training.new_document import NEW_DOCUMENT, render_blueprints
-from adaptive_llava.training.study.families import CONTENTS, FAMILIES, Layout
+from adaptive_llava.training.study.drawing import CONTENTS, Layout
+from adaptive_llava.training.study.families import FAMILIES
 from adaptive_llava.training.study.ship import load_shipped
 from adaptive_llava.training.study.small_model import answers
 

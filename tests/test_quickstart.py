@@ -32,7 +32,7 @@ def own_images(tmp_path):
 @pytest.mark.slow
 def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd, monkeypatch):
     output = tmp_path / "quickstart_output"
-    arguments = ["--output", str(output), "--images", str(own_images), "--steps-scale", "0.03"]
+    arguments = ["--output", str(output), "--images", str(own_images), "--steps-scale", "0.04"]
     assert quickstart.main(arguments) == 0
     shown = capfd.readouterr().out
     results = json.loads((output / "quickstart_results.json").read_text())

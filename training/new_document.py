@@ -8,16 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptive_llava.training.study.families import (
-    CONTENTS,
-    TEST_FONTS,
-    TRAINING_FONTS,
-    Layout,
-    Picture,
-    Style,
-    ask,
-    digit_in_cell,
-)
+from adaptive_llava.training.study.drawing import CONTENTS, Layout, Style, digit_in_cell
+from adaptive_llava.training.study.families import TEST_FONTS, TRAINING_FONTS, Picture, ask
 
 
 NEW_DOCUMENT = "blueprint"

@@ -48,7 +48,7 @@ from adaptive_llava.training.study.families import Picture, render
 
 
 KNOWN = "known kind"
-KNOWN_QUESTIONS, NEW_QUESTIONS = 560, 200
+KNOWN_QUESTIONS, NEW_QUESTIONS = 576, 200
 TRAINING_PICTURES = 1500  # of the kinds it knows, and as many of the new one
 STEPS = 400
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_llava.training.study.arms import ANSWERED, CLASSIFIERS, arms_of, pictures_of, pool_counts
+from adaptive_llava.training.study.families import PAIRS
 from adaptive_llava.training.study.policies import (
     area_under_curve,
     by_spread,
@@ -45,6 +46,7 @@ def analyse(settings: Settings, evidence: Mapping[int, Evidence]) -> dict[str, A
     study = _Study(settings, evidence)
     return {
         "admission": study.admission,
+        "told_apart": study.told_apart,
         "hard_families": study.hard,
         "compressors": {arm: study.compressor(arm) for arm in ("pool", "resampler", "mini")},
         "frontiers": {arm: study.frontier(arm) for arm in ("pool", "resampler")},
@@ -53,6 +55,7 @@ def analyse(settings: Settings, evidence: Mapping[int, Evidence]) -> dict[str, A
         "routed_training": study.routed_training(),
         "exchanged": study.exchanged(),
         "steps": study.steps(),
+        "last_quarter": study.last_quarter(),
         "share_of_hard_images": study.share_of_hard_images(),
         "router_quality": study.router_quality(),
         "real_images": {arm: study.real_images(arm) for arm in ("pool", "resampler")},
@@ -79,7 +82,23 @@ class _Study:
             family: self._mean_over_seeds(largest, "right_calibration", families["calibration"], family)[-1]
             for family in sorted(set(families["test"][settings.seeds[0]]))
         }
-        admitted = [name for name, accuracy in self.admission.items() if accuracy >= settings.admitted_from]
+        self.told_apart = {
+            " / ".join(pair): round(
+                float(np.mean([evidence[s]["pool"]["told_apart"][place] for s in settings.seeds])), 4
+            )
+            for place, pair in enumerate(PAIRS)
+        }
+        separable = {
+            family
+            for pair, share in zip(PAIRS, self.told_apart.values(), strict=True)
+            if share > settings.told_apart_up_to
+            for family in pair
+        }
+        admitted = [
+            name
+            for name, accuracy in self.admission.items()
+            if accuracy >= settings.admitted_from and name not in separable
+        ]
         self.kept = {
             split: {seed: np.isin(names, admitted) for seed, names in by_seed.items()}
             for split, by_seed in families.items()
@@ -197,6 +216,12 @@ class _Study:
                 }
         return found
 
+    def last_quarter(self) -> dict[str, float]:
+        """Macro accuracy that the last quarter of the steps added to separately trained models."""
+        last = self.settings.marks[-1]
+        before = max(mark for mark in self.settings.marks if mark <= 0.75 * last or mark == self.settings.marks[0])
+        return {arm: round(row[str(last)] - row[str(before)], 4) for arm, row in self.steps().items()}
+
     def share_of_hard_images(self) -> dict[str, list[dict[str, Any]]]:
         """Gain over the chord where hard families are 10 to 90 % of the images; the policies stay as they were set."""
         easy = [
@@ -247,8 +272,9 @@ class _Study:
         for router in ROUTERS if "kinds_real" in first else ():
             spent: dict[str, list[float]] = {}
             for seed in self.settings.seeds:
-                calibration = self._of(arm, f"{router}_calibration", "calibration", seed)
-                real, kinds = (self.evidence[seed][arm][name] for name in (f"{router}_real", "kinds_real"))
+                reader = self._reader(arm, router)
+                calibration = self._of(reader, f"{router}_calibration", "calibration", seed)
+                real, kinds = (self.evidence[seed][reader][name] for name in (f"{router}_real", "kinds_real"))
                 choose = by_value if router in CLASSIFIERS else by_spread
                 choice = choose(calibration, real, self.counts[arm], self.settings.target_mean)
                 for kind in np.unique(kinds):
@@ -265,9 +291,10 @@ class _Study:
         families = {split: self.families[split][seed] for split in ANSWERED}
         choices = {}
         for router in ROUTERS:
-            if f"{router}_test" not in self.evidence[seed][arm]:
+            reader = self._reader(arm, router)
+            if f"{router}_test" not in self.evidence[seed][reader]:
                 continue
-            calibration, test = (self._of(arm, f"{router}_{split}", split, seed) for split in ANSWERED)
+            calibration, test = (self._of(reader, f"{router}_{split}", split, seed) for split in ANSWERED)
             choose = by_value if router in CLASSIFIERS else by_spread
             choices[router] = choose(calibration, test, counts, target)
         known, unknown = (family_values(right["calibration"], families["calibration"], families[s]) for s in ANSWERED)
@@ -275,6 +302,10 @@ class _Study:
         choices["random"] = np.random.default_rng(seed).integers(len(counts), size=len(right["test"]))
         choices["oracle"] = oracle(right["test"])
         return SeedRecord(families["test"], right["test"], choices)
+
+    def _reader(self, arm: str, router: str) -> str:
+        """The arm in which a router looks at the pictures: a jointly trained one has a model of its own."""
+        return f"{'pool' if arm.startswith('pool') else 'resampler'} joint" if router == "joint" else arm
 
     def _of(self, arm: str, name: str, split: str, seed: int) -> np.ndarray:
         """Evidence on the images of admitted families."""

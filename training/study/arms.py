@@ -1,11 +1,13 @@
-"""The models of one seed: a base that sees every token, and arms that go on from its weights for equal steps.
+"""The models of one seed: a base that sees every token, and arms that go on from its weights.
+
+Arms that see several counts train for equal steps, and so do those that see one, for more: they are to be converged.
 
 | arm | compressor | rungs in training |
 |---|---|---|
 | `pool`, `resampler`, `mini` | pooling; query resampler; the same with LLaVA-Mini's pre-fusion | random |
 | `pool joint`, `resampler joint` | as above | every one, jointly with a classifier router |
 | `pool dfmr` | pooling | those that DFMR's rule picks at the target mean |
-| `pool fixed N`, `resampler fixed N` | as above | that one |
+| `pool fixed N`, `resampler fixed N` | as above, N the fewest and the most | that one |
 | `fusion` | spatial token fusion on multi-block fusion, 2 x 2 windows: one count | that one |
 
 All policies are compared on the same weights: those of one elastic arm. An arm leaves a file of evidence behind
@@ -30,7 +32,8 @@ from adaptive_llava.modeling.router_feature_std import FeatureStdRouter
 from adaptive_llava.modeling.router_pixel_std import PixelStdRouter
 from adaptive_llava.training.image_source import open_images
 from adaptive_llava.training.router_fit import fit_router, split_images
-from adaptive_llava.training.study.families import FAMILIES, SINGLE, Picture, render
+from adaptive_llava.training.study.appearance import told_apart
+from adaptive_llava.training.study.families import FAMILIES, PAIRS, SINGLE, Picture, render
 from adaptive_llava.training.study.settings import Settings
 from adaptive_llava.training.study.small_model import (
     Rungs,
@@ -46,7 +49,7 @@ from adaptive_llava.training.tiny_model import pixels_of
 
 
 ANSWERED = ("calibration", "test")
-CLASSIFIERS = ("classifier", "classifier_cls", "untrained_tower")
+CLASSIFIERS = ("classifier", "classifier_cls", "untrained_tower", "joint")
 
 _REAL_IMAGES = 120  # of a kind, at most
 _QUESTIONS_OF_A_LABEL = 3
@@ -87,7 +90,7 @@ def arms_of(settings: Settings) -> list[Arm]:
         Arm("resampler joint", resampler, "joint"),
         Arm("mini", {**resampler, "prefusion_layers": 1}, "random"),
         Arm("pool dfmr", pool, "dfmr"),
-        *(Arm(f"pool fixed {count}", pool, rung) for rung, count in enumerate(tokens)),
+        *(Arm(f"pool fixed {tokens[rung]}", pool, rung) for rung in (0, len(tokens) - 1)),
         *(Arm(f"resampler fixed {settings.counts[rung]}", resampler, rung) for rung in (0, len(settings.counts) - 1)),
         Arm("fusion", fusion, 0),
     ]
@@ -125,7 +128,7 @@ def pictures_of(settings: Settings, split: str, seed: int) -> list[Picture]:
         "test": (settings.test_pictures, _TEST),
     }[split]
     # where each picture has only one thing to ask about, it takes more of them to learn it
-    families = [*FAMILIES, *SINGLE] if split == "training" else None
+    families = [*FAMILIES, *SINGLE, *SINGLE] if split == "training" else None
     return render(number, seed=offset + seed, layout=settings.layout, test=split == "test", families=families)
 
 
@@ -168,7 +171,7 @@ def train_arm(settings: Settings, seed: int, arm: Arm, folder: Path, deadline: f
             evidence[f"right_after_{step}"] = answers(model, processor, test, seed=seed, rungs=[arm.rungs])[:, 0]
             model.train()
 
-    steps = settings.arm_steps
+    steps = settings.separate_steps if isinstance(arm.rungs, int) else settings.arm_steps
     if arm.rungs == "joint":
         steps = max(2, steps // model.model.compressor.num_rungs)
     train(
@@ -241,13 +244,22 @@ def _classifiers(settings: Settings, seed: int, model: Any, processor: Any, arm:
     labels = cheapest_right_rungs(settings, seed, model, processor)
     untrained, _ = new_model(settings, seed + 500, arm.fields)
     towers = {"classifier": (model, "mean"), "classifier_cls": (model, "cls"), "untrained_tower": (untrained, "mean")}
-    found: dict[str, np.ndarray] = {}
+    found = {"told_apart": _told_apart(settings, seed, untrained, processor)}
     for name, (reader, features) in towers.items():
         router = ClassifierRouter(settings.width, model.model.compressor, features=features)
         train_classifier(router, settings, seed, reader, processor, labels)
         for split in _splits(settings):
             found[f"{name}_{split}"] = _router_says(router, _read(settings, reader, processor, seed, split))
     return found
+
+
+def _told_apart(settings: Settings, seed: int, untrained: Any, processor: Any) -> np.ndarray:
+    """How well a linear probe on an untrained tower tells the families of each of `PAIRS` apart, `(P,)`."""
+    read = {split: _read(settings, untrained, processor, seed, split)["mean"] for split in ("router", "test")}
+    families = {split: np.array([p.family for p in pictures_of(settings, split, seed)]) for split in read}
+    return np.array(
+        [told_apart(read["router"], families["router"], read["test"], families["test"], pair) for pair in PAIRS]
+    )
 
 
 def cheapest_right_rungs(settings: Settings, seed: int, model: Any, processor: Any) -> np.ndarray:

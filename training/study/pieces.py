@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from adaptive_llava.training.study.settings import Settings
 
 
 def run_pieces(settings: Settings, work: Path, workers: int, deadline: float) -> bool:
-    """Train what is not trained yet: all bases, then all arms. `False` if time was up.
+    """Train what is not trained yet: bases first, and arms as soon as their base is there. `False` if time was up.
 
     Args:
         settings: Of the run.
@@ -23,26 +23,28 @@ def run_pieces(settings: Settings, work: Path, workers: int, deadline: float) ->
     """
     from adaptive_llava.training.study.arms import arms_of
 
-    pieces = (
-        [(seed, None) for seed in settings.seeds],
-        [(s, arm.name) for s in settings.seeds for arm in arms_of(settings)],
-    )
-    for stage in pieces:
-        waiting = [piece for piece in stage if not _leaves(work, *piece).exists()]
-        if not waiting:
-            continue
-        print(f"{len(waiting)} of {len(stage)} to train: {'arms' if stage[0][1] else 'bases'}", flush=True)
-        if time.time() > deadline:
-            return False
-        if workers == 1:
-            done = [_train_piece(settings, work, deadline, *piece) for piece in waiting]
-        else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                futures = [pool.submit(_train_piece, settings, work, deadline, *piece) for piece in waiting]
-                done = [future.result() for future in futures]
-        if not all(done):
-            return False
-    return True
+    arms = {
+        seed: [a.name for a in arms_of(settings) if not _leaves(work, seed, a.name).exists()]
+        for seed in settings.seeds
+    }
+    bases = [seed for seed in settings.seeds if not _leaves(work, seed, None).exists()]
+    waiting = len(bases) + sum(map(len, arms.values()))
+    if not waiting:
+        return True
+    print(f"{waiting} of {len(settings.seeds) * (1 + len(arms_of(settings)))} pieces to train", flush=True)
+    if time.time() > deadline:
+        return False
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+
+        def start(seed: int, name: str | None) -> Future[bool]:
+            return pool.submit(_train_piece, settings, work, deadline, seed, name)
+
+        running = {start(seed, None): seed for seed in bases}
+        of_arms = [start(seed, name) for seed in settings.seeds if seed not in bases for name in arms[seed]]
+        for base in as_completed(running):
+            if base.result():
+                of_arms += [start(running[base], name) for name in arms[running[base]]]
+        return all(future.result() for future in (*running, *of_arms))
 
 
 def _train_piece(settings: Settings, work: Path, deadline: float, seed: int, name: str | None) -> bool:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-ROUTERS = ("dfmr", "pixel", "classifier", "classifier_cls", "untrained_tower")
+ROUTERS = ("dfmr", "pixel", "classifier", "classifier_cls", "untrained_tower", "joint")
 NAMES = {
     "dfmr": "DFMR's rule on features",
     "pixel": "the same rule on pixels",
     "classifier": "classifier, mean of patches",
     "classifier_cls": "classifier, [CLS]",
     "untrained_tower": "classifier, untrained tower",
+    "joint": "classifier, trained jointly with another model",
     "random": "random",
     "kind_oracle": "oracle of kinds",
     "oracle": "oracle of images",
@@ -24,6 +25,7 @@ _COLOURS = {
     "classifier": "#2471a3",
     "classifier_cls": "#7fb3d5",
     "untrained_tower": "#95a5a6",
+    "joint": "#8e44ad",
     "random": "#b0b0b0",
     "kind_oracle": "#27ae60",
     "oracle": "#145a32",
@@ -64,15 +66,18 @@ def headline(results: Mapping[str, Any]) -> str:
             )
     head = ["compressor", "count chosen by", "tokens", "right", "over the best fixed", "over shuffled",
             "over shuffled in its kind", "routing"]  # fmt: skip
-    left_out = [name for name, accuracy in results["admission"].items() if accuracy < settings["admitted_from"]]
-    excuse = f" (left out, below {settings['admitted_from']:.0%} at full tokens: {', '.join(left_out)})"
+    left_out = sorted(set(results["admission"]) - set(results["compressors"]["pool"]["by_family"]))
+    excuse = f" (left out: {', '.join(left_out)})"
+    most_told = max(results["told_apart"], key=results["told_apart"].__getitem__)
     return (
         f"`{results['command']}`: {len(settings['seeds'])} seeds, {results['cpu_seconds'] / 60:.0f} CPU minutes "
         f"({_machine(results)}), {len(results['admission']) - len(left_out)} kinds of picture"
-        f"{excuse if left_out else ''}. Routers are set to a mean of {settings['target_mean']:g} tokens on other "
-        "pictures. Gains are points of macro accuracy on the same weights, with 95 % intervals over seeds and "
-        "pictures; the best fixed budget mixes the neighbouring counts at random. Rules and controls were written "
-        f"down before the first run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
+        f"{excuse if left_out else ''}. A linear probe on an untrained tower names the right one of two kinds that "
+        f"look alike in at most {results['told_apart'][most_told]:.0%} of pictures ({most_told}). "
+        f"Routers are set to a mean of {settings['target_mean']:g} tokens on other pictures. Gains are points of "
+        "macro accuracy on the same weights, with 95 % intervals over seeds and pictures; the best fixed budget mixes "
+        "the neighbouring counts at random. Rules and controls were written down before "
+        f"the run (`training/study/PLAN.md`).\n\n{_table(head, rows)}\n\n{_answers(results)}"
     )
 
 
@@ -105,12 +110,14 @@ def _answers(results: Mapping[str, Any]) -> str:
         f"{100 * results['steps'][one][mark]:.1f} against {100 * results['steps'][most][mark]:.1f} % after {mark}"
         for mark in (marks[0], marks[-1])
     )
+    late = results["last_quarter"].values()
     return (
         f"Routers trained jointly with their model, over the best fixed budget of the same weights: {joint}. Trained "
         "on DFMR's choices instead of random ones, both routed by DFMR: "
         f"{_gain(routed['difference in accuracy'])}. Choices made on other weights: {'; '.join(crossed)}. Of oracles, "
         f"on pool: {oracles}. Trained at "
-        f"one count from the same base: {early} ({first}, {last})."
+        f"one count from the same base: {early} ({first}, {last}); the last quarter of their steps added "
+        f"{100 * min(late):+.1f} to {100 * max(late):+.1f} points (less than 1 counts as converged)."
     )
 
 
@@ -126,12 +133,13 @@ def tables(results: Mapping[str, Any]) -> str:
         "intervals of a bootstrap over seeds and images; gains in points of macro accuracy.",
     ]
     parts += [headline(results)]
+    parts += ["## What an untrained tower tells", _told_apart(results["told_apart"])]
     for arm, found in results["compressors"].items():
         parts += [f"## {arm}: {_slashed(found['counts'])} tokens", _policies(found)]
         parts += [_families(found)]
     parts += ["## Joint training", _joint(results["joint"])]
     parts += ["## Models trained at one count", _separate(results["separately_trained"])]
-    parts += ["## Accuracy against steps", _steps(results["steps"])]
+    parts += ["## Accuracy against steps", _steps(results["steps"], results["last_quarter"])]
     parts += ["## Trained on DFMR's choices, or on random ones", _routed(results["routed_training"])]
     for answerer, found in results["exchanged"].items():
         parts += [f"## Choices of another compressor's routers, carried out by {answerer}", _exchanged(found)]
@@ -160,6 +168,11 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
         FigureCanvasAgg(figure)
         paint(results, figure)
         figure.savefig(output / f"{name}_{what}.png", dpi=110)
+
+
+def _told_apart(found: Mapping[str, float]) -> str:
+    rows = [[pair, f"{100 * share:.1f} %"] for pair, share in found.items()]
+    return _table(["kinds that look alike", "a linear probe names the right one (chance: 50 %)"], rows)
 
 
 def _policies(found: Mapping[str, Any]) -> str:
@@ -213,10 +226,13 @@ def _separate(found: Mapping[str, Any]) -> str:
     return _table(["trained at", "accuracy there"], rows)
 
 
-def _steps(found: Mapping[str, Any]) -> str:
+def _steps(found: Mapping[str, Any], last_quarter: Mapping[str, float]) -> str:
     marks = list(next(iter(found.values())))
-    rows = [[arm, *(f"{100 * row[mark]:.1f}" for mark in marks)] for arm, row in found.items()]
-    return _table(["right after steps, %", *marks], rows)
+    rows = [
+        [arm, *(f"{100 * row[mark]:.1f}" for mark in marks), f"{100 * last_quarter[arm]:+.1f}"]
+        for arm, row in found.items()
+    ]
+    return _table(["right after steps, %", *marks, "in the last quarter"], rows)
 
 
 def _routed(found: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_llava.training.study.families import Layout
+from adaptive_llava.training.study.drawing import Layout
 from adaptive_llava.training.tiny_model import Shape
 
 
@@ -33,11 +33,15 @@ class Settings:
         batch_size: Pictures per step.
         base_steps: Steps at the largest count, before any compressor is trained.
         base_learning_rate: Their peak.
-        arm_steps: Further steps of every arm. Joint training has fewer: each of its steps sees every count.
-        arm_learning_rate: Their peak.
+        arm_steps: Further steps of an arm that sees several counts. Joint training has fewer: each of its steps sees
+            every count.
+        separate_steps: Further steps of an arm that sees one count.
+        arm_learning_rate: Peak of both.
         marks: Steps at which separately trained arms are tested.
         target_mean: Tokens per picture that policies are set to spend.
         admitted_from: Accuracy at the largest count that admits a family.
+        told_apart_up_to: Share of the pictures of two families that look alike for which a linear probe on an
+            untrained tower may name the right one; if it names more, both are left out.
         minimum_effect: Smallest gain in macro accuracy that is called one.
         draws: Of the bootstrap.
         device: `"cpu"` or `"cuda"`.
@@ -63,10 +67,12 @@ class Settings:
     base_steps: int
     base_learning_rate: float
     arm_steps: int
+    separate_steps: int
     arm_learning_rate: float
     marks: tuple[int, ...]
     target_mean: float
     admitted_from: float
+    told_apart_up_to: float
     minimum_effect: float
     draws: int
     device: str = "cpu"
@@ -90,10 +96,13 @@ class Settings:
     def scaled(self, scale: float) -> Settings:
         """The same run with fewer steps and pictures, to try it out."""
         numbers = {
-            field: max(28, round(getattr(self, field) * scale))
+            field: max(36, round(getattr(self, field) * scale))
             for field in ("training_pictures", "router_pictures", "calibration_pictures", "test_pictures")
         }
-        steps = {field: max(2, round(getattr(self, field) * scale)) for field in ("base_steps", "arm_steps")}
+        steps = {
+            field: max(2, round(getattr(self, field) * scale))
+            for field in ("base_steps", "arm_steps", "separate_steps")
+        }
         marks = tuple(sorted({max(1, round(mark * scale)) for mark in self.marks}))
         changed: dict[str, Any] = {**numbers, **steps, "marks": marks}
         return dataclasses.replace(self, **changed)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptive_llava.training.joint_routing import joint_routing_loss
-from adaptive_llava.training.study.families import CONTENTS, Layout, Picture
+from adaptive_llava.training.study.drawing import CONTENTS, Layout
+from adaptive_llava.training.study.families import Picture
 from adaptive_llava.training.tiny_model import (
     LastPatches,
     Shape,
@@ -126,7 +127,7 @@ def train(
     content_head = nn.Linear(model.config.vision_config.hidden_size, len(CONTENTS)).to(device)
     model.model.router.requires_grad_(rungs is None)
     parameters = [p for p in (*model.parameters(), *content_head.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step / steps))
     state = _State(
         model, content_head, optimizer, schedule, np.random.default_rng(seed), len({p.family for p in pictures})
