@@ -21,8 +21,8 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_H
 other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/python))
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
-.PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms style
-.PHONY: check clean
+.PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms matrix
+.PHONY: style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -60,6 +60,10 @@ test-lmms: $(ENVIRONMENT)/installed $(ENVIRONMENT_LMMS)/installed
 	$(TEST_SETTINGS) ADAPTIVE_LLAVA_LMMS_PYTHON="$(CURDIR)/$(ENVIRONMENT_LMMS)/bin/python" \
 		$(ENVIRONMENT)/bin/python -m pytest --timeout 600 tests/test_lmms_eval.py $(PYTEST_ARGS)
 
+## One checkpoint under every supported transformers, each in a fresh environment (.venv-matrix); prints a table.
+matrix: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m tests.version_matrix
+
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m ruff format .
@@ -76,7 +80,7 @@ check: $(ENVIRONMENT)/installed
 
 ## Remove the environments, the caches and what a build left behind.
 clean:
-	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) build dist *.egg-info
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) .venv-matrix build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -52,6 +52,23 @@ def question_and_inputs(processor, picture):
     return question, processor(images=picture.image, text=prompt, return_tensors="pt")
 
 
+def test_a_padded_batch_gets_the_answers_of_its_rows(shipped):
+    """A tokenizer that padded on the right would let `generate` go on from padding."""
+    model, processor = shipped
+    pictures = render(8, seed=5, test=True)
+    asked = [question_and_inputs(processor, picture) for picture in pictures]
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question, _ in asked
+    ]
+    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    batch = processor(images=[picture.image for picture in pictures], text=prompts, return_tensors="pt", padding=True)
+    assert not batch["attention_mask"].all()
+    together = model.generate(**batch, max_new_tokens=2)[:, batch["input_ids"].shape[1] :]
+    for row, (_, inputs) in zip(together, asked, strict=True):
+        alone = model.generate(**inputs, max_new_tokens=2)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(row[: len(alone)], alone)
+
+
 def test_the_auto_classes_load_it_without_remote_code(shipped):
     names = ["AutoModelForImageTextToText", "AutoModelForVision2Seq"]  # the second one is gone in transformers 5
     found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]

@@ -44,6 +44,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|im_start|>", "<image>"],
         clean_up_tokenization_spaces=False,
         model_max_length=_LENGTH,
+        padding_side="left",
     )
 
 

@@ -97,6 +97,7 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         additional_special_tokens=["<|user|>", "<image>"],
         model_max_length=1024,
+        padding_side="left",
     )
 
 
