@@ -18,13 +18,12 @@ from adaptive_llava.modeling.router_classifier import ClassifierRouter
 from adaptive_llava.modeling.router_registry import ROUTERS
 from adaptive_llava.modeling.router_window_spread import WindowSpreadRouter
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
+from adaptive_llava.training.count_price import price_for, shares_of_largest
 from adaptive_llava.training.router_fit import route
 from adaptive_llava.training.threshold_search import rungs_at, thresholds_for_mean
 
 
 Setting = tuple[float, ...]
-
-_LIMIT = 1e6  # of a price; logits that are not finite keep the most tokens at any
 
 
 class ThresholdFamily:
@@ -102,21 +101,9 @@ class ClassifierPrice(ThresholdFamily):
 
     @torch.no_grad()
     def setting(self, statistic: np.ndarray, target: float) -> Setting:
-        device, counts = self.router.linear_1.weight.device, np.asarray(self.counts)
+        device = self.router.linear_1.weight.device
         logits = self.router.logits(torch.from_numpy(statistic).to(device)).double().cpu().numpy()
-
-        def mean(price: float) -> float:
-            return float(counts[(logits - price * counts / counts[-1]).argmax(1)].mean())
-
-        low, high = -1.0, 1.0  # widened until everything gets the largest and the smallest count
-        while low > -_LIMIT and mean(low) < counts[-1]:
-            low *= 2
-        while high < _LIMIT and mean(high) > counts[0]:
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if mean(middle) > target else (low, middle)
-        return (min((low, high), key=lambda price: abs(mean(price) - target)),)
+        return (price_for(logits, self.counts, target),)
 
     def rungs(self, statistic: np.ndarray, setting: Setting) -> np.ndarray:
         priced = copy.deepcopy(self.router)
@@ -125,7 +112,7 @@ class ClassifierPrice(ThresholdFamily):
 
     @torch.no_grad()
     def put_into(self, router: Any, setting: Setting) -> None:
-        prices = torch.tensor(self.counts, dtype=torch.float64) * (setting[0] / self.counts[-1])
+        prices = torch.from_numpy(setting[0] * shares_of_largest(self.counts))
         router.linear_2.bias.sub_(prices.to(router.linear_2.bias))
 
 

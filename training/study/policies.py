@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from adaptive_llava.modeling.pixel_statistics import rungs_at
+from adaptive_llava.training.count_price import price_for, shares_of_largest
 from adaptive_llava.training.threshold_search import thresholds_for_mean
 
 
@@ -38,26 +39,6 @@ def by_value(calibration: np.ndarray, test: np.ndarray, counts: Sequence[int], t
         target: Wanted mean count.
     """
     return (test - price_for(calibration, counts, target) * shares_of_largest(counts)).argmax(1)
-
-
-def price_for(values: np.ndarray, counts: Sequence[int], target: float) -> float:
-    """Price of the largest count at which images of these values `(M, R)` get nearest to a mean of `target` tokens."""
-    counted, shares = np.asarray(counts), shares_of_largest(counts)
-
-    def mean(price: float) -> float:
-        return float(counted[(values - price * shares).argmax(1)].mean())
-
-    span = float(np.ptp(values)) / (shares[1] - shares[0]) + 1
-    low, high = -span, span  # at which everything gets the largest and the smallest count
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) > target else (low, middle)
-    return min((low, high), key=lambda price: abs(mean(price) - target))
-
-
-def shares_of_largest(counts: Sequence[int]) -> np.ndarray:
-    """Each count as a share of the largest."""
-    return np.asarray(counts) / counts[-1]
 
 
 def oracle(right: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptive_llava.training.count_price import price_for, shares_of_largest
 from adaptive_llava.training.study.arms import (
     Arm,
     arms_of,
@@ -32,7 +33,7 @@ from adaptive_llava.training.study.arms import (
     pictures_of,
     train_classifier,
 )
-from adaptive_llava.training.study.policies import by_value, price_for, shares_of_largest
+from adaptive_llava.training.study.policies import by_value
 from adaptive_llava.training.study.settings import Settings, read_settings
 from adaptive_llava.training.study.small_model import answers, take_weights
 
