@@ -114,6 +114,9 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if "position_ids" in module._non_persistent_buffers_set:
+            # of towers that are plain modules in transformers 5.0 to 5.4, whose own class is not asked
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
         # by name: as remote code, the config brings classes of its own copy of these files
         if hasattr(module, "initialise") and not _is_loaded(module):
             module.initialise()  # last: transformers has visited the layers inside

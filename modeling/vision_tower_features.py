@@ -99,7 +99,7 @@ def extract_features(
     return VisionFeatures(
         patches=patches,
         grid=grid,
-        cls=_class_token(outputs, prefix),
+        cls=_class_token(tower, outputs, states, prefix),
         pixels=pixel_values,
         views_per_image=(1,) * pixel_values.shape[0],
         blocks={index: _patches(states[index], prefix) for index in blocks},
@@ -108,7 +108,7 @@ def extract_features(
 
 
 def _keeps_states_to_itself(tower: nn.Module) -> bool:
-    # in 4.57 the wrapper of SigLIP collects the hidden states, and the tower inside it cannot
+    # in 4.57 the wrapper of SigLIP collects the hidden states, and the tower inside it cannot; in 5.0 CLIP's too
     inner = getattr(tower, "original_module", tower)  # PEFT trains a copy of a whole module behind a wrapper
     takes_option = "output_hidden_states" in inspect.signature(inner.forward).parameters
     return not isinstance(inner, PreTrainedModel) and not takes_option
@@ -116,6 +116,8 @@ def _keeps_states_to_itself(tower: nn.Module) -> bool:
 
 def _layer_by_layer(tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     states = [tower.embeddings(pixel_values)]
+    if hasattr(tower, "pre_layrnorm"):  # CLIP's, and its spelling
+        states = [tower.pre_layrnorm(states[0])]
     for encoder_layer in tower.encoder.layers:
         states.append(encoder_layer(states[-1], None))
     return states
@@ -126,9 +128,11 @@ def _patches(state: Tensor, prefix: int) -> Tensor:
     return state.flatten(2).transpose(1, 2) if state.dim() == 4 else state[:, prefix:]
 
 
-def _class_token(outputs: Any, prefix: int) -> Tensor | None:
+def _class_token(tower: nn.Module, outputs: Any, states: Sequence[Tensor], prefix: int) -> Tensor | None:
     if prefix == 0:
         return None
+    if outputs is None:
+        return tower.post_layernorm(states[-1][:, 0])
     pooled = getattr(outputs, "pooler_output", None)
     return pooled if pooled is not None else outputs.last_hidden_state[:, 0]
 

@@ -91,7 +91,10 @@ def main() -> None:
     said: dict[str, object] = {}
     kept: dict[str, object] = {}
 
-    def step(name: str, run) -> None:
+    def step(name: str, run, after: str | None = None) -> None:
+        if after and after not in kept:
+            said[name] = f"not reached, as {after} failed"
+            return
         try:
             kept[name] = run()
             said[name] = "ok"
@@ -119,6 +122,7 @@ def main() -> None:
         (folder / "saved" / "answers.json").write_text(json.dumps(found))
 
     def same_answers_elsewhere() -> None:
+        assert (folder / "answers.json").exists(), "nothing was saved"
         assert answers(*load(folder), material) == json.loads((folder / "answers.json").read_text()), "other answers"
 
     if what == "expect":
@@ -130,10 +134,10 @@ def main() -> None:
         names = ("transformers", "trl", "peft", "tokenizers", "huggingface_hub", "torch")
         said["versions"] = {name: importlib.metadata.version(name) for name in names}
         step("load", lambda: load(material / "checkpoint"))
-        step("generate", same_answers)
-        step("pipeline", asked_by_pipeline)
+        step("generate", same_answers, "load")
+        step("pipeline", asked_by_pipeline, "load")
         step("fine_tune", lambda: fine_tune(*load(material / "checkpoint"), material, folder))
-        step("save", saved)
+        step("save", saved, "fine_tune")
     print("STEPS " + json.dumps(said))
 
 
