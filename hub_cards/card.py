@@ -1,4 +1,4 @@
-"""Write the card of a saved model, with its pictures and results, or check the one that is there.
+"""Write the card of a saved model or adapter, with its pictures and results, or check the one that is there.
 
     python -m adaptive_llava card my_model --results out/receipts/results.json --license apache-2.0 \\
         --base-model llava-hf/llava-1.5-7b-hf --dataset user/receipts --language en
@@ -6,8 +6,8 @@
 
 What is stated by options is kept in `my_model/card.yaml`, and results are copied beside the model, so that the same
 card can be written again with `card my_model`; `push` does that, to name the repository and the commit to pin. A card
-that a person wrote or edited is left alone unless `--overwrite` is given. Ends with status 1 if the card lacks
-something that it should have; all of it is listed.
+that a person wrote or edited is left alone unless `--overwrite` is given; the empty form that transformers or PEFT
+leave is not. Ends with status 1 if the card lacks something that it should have; all of it is listed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from adaptive_llava.hub_cards.card_config import base_of, read_config
 from adaptive_llava.hub_cards.card_facts import FROM_SCRATCH, RELATIONS, CardFacts, read_facts, write_facts
 from adaptive_llava.hub_cards.card_lint import lint_card
-from adaptive_llava.hub_cards.card_metadata import EVAL_RESULTS, Results, check_results, eval_result_files, slug
+from adaptive_llava.hub_cards.card_metadata import (
+    EVAL_RESULTS,
+    Results,
+    check_results,
+    eval_result_files,
+    is_untrained,
+    slug,
+)
 from adaptive_llava.hub_cards.card_pictures import draw_pictures
 from adaptive_llava.hub_cards.card_text import is_as_rendered, render_card
-from adaptive_llava.hub_cards.upload_plan import CARD, CONFIG, RESULT_FILES, UploadPlan
+from adaptive_llava.hub_cards.stock_card import is_stock
+from adaptive_llava.hub_cards.upload_plan import ADAPTER, CARD, RESULT_FILES, UploadPlan
 from adaptive_llava.modeling.configuration_adaptive_llava import AdaptiveLlavaConfig
 
 
@@ -32,13 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m adaptive_llava card`."""
     options = _parser().parse_args(arguments)
     folder: Path = options.folder
-    config = read_config(folder)
+    stated = {name: value for name, value in vars(options).items() if name in _STATED}
+    config, facts = described(folder, read_facts(folder, stated))
     if options.check:
         if not (folder / CARD).is_file():
             raise ValueError(f"{folder} has no {CARD} to check. Write one: `python -m adaptive_llava card {folder}`.")
     else:
-        stated = {name: value for name, value in vars(options).items() if name in _STATED}
-        facts = read_facts(folder, stated)
         if not (may_write(folder) or options.overwrite):
             raise ValueError(
                 f"{folder / CARD} was written or edited by hand. Pass --overwrite to replace it, or --check "
@@ -50,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = read_results(path for path in folder.iterdir() if is_results(path.name))
         for name in write_card(results, config, facts, folder):
             print(f"written: {folder / name}")
-    problems = lint_card((folder / CARD).read_text(encoding="utf-8"), folder, untrained=not config.compressor_trained)
+    problems = lint_card((folder / CARD).read_text(encoding="utf-8"), folder, untrained=is_untrained(config, facts))
     for problem in problems:
         print(f"{folder / CARD}: {problem}")
     if not problems:
@@ -58,26 +66,36 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def read_config(folder: Path) -> AdaptiveLlavaConfig:
-    """The config of the folder's model.
+def described(
+    folder: Path, facts: CardFacts, base: str | None = None, token: str | None = None
+) -> tuple[AdaptiveLlavaConfig, CardFacts]:
+    """The config that a folder's card describes, and the facts with those of an adapter's base.
+
+    Args:
+        folder: Holds a model or an adapter.
+        facts: Of the folder.
+        base: Folder or Hub id of the adapter's base; by default what the adapter says.
+        token: Access token for the base; by default that of `hf auth login`, or HF_TOKEN.
 
     Raises:
-        ValueError: There is none, or it is that of another kind of model.
+        ValueError: It is another kind of model.
+        HubFailure: The base could not be read.
     """
-    path = folder / CONFIG
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None
-    if kind != AdaptiveLlavaConfig.model_type:
-        raise ValueError(
-            f"{path} has `model_type={kind!r}`. Pass the folder of a whole {AdaptiveLlavaConfig.model_type!r} model; "
-            "merge an adapter into its base first."
-        )
-    return AdaptiveLlavaConfig.from_pretrained(str(folder))
+    if facts.adapter is None:
+        return read_config(folder), facts
+    found = base_of(folder, base, token)
+    return found.config, replace(facts, chat=found.chat, base_revision=found.commit)
 
 
 def may_write(folder: Path) -> bool:
-    """Whether the folder has no card, or one that was rendered and not edited since."""
+    """Whether the folder has no card, or one that nobody wrote: rendered and not edited since, or an empty form."""
     path = folder / CARD
-    return not path.is_file() or is_as_rendered(path.read_text(encoding="utf-8"))
+    return not path.is_file() or is_nobodys(path.read_text(encoding="utf-8"))
+
+
+def is_nobodys(card: str) -> bool:
+    """Whether a card was written by a program and not edited since."""
+    return is_as_rendered(card) or is_stock(card)
 
 
 def keep_results(folder: Path, path: Path) -> None:
@@ -99,8 +117,9 @@ def is_results(file: str) -> bool:
 
 
 def read_results(paths: Iterable[Path]) -> list[Results]:
-    """Those of `evaluate` among files with results, by data and metric."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """Those of `evaluate` among files with results, each with one or a list of them, by data and metric."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = [one for each in read for one in (each if isinstance(each, list) else [each])]
     ours = [results for results in found if isinstance(results, dict) and {"budgets", "metric"} <= set(results)]
     return sorted((check_results(results) for results in ours), key=lambda one: (one["data"], one["metric"]))
 
@@ -127,41 +146,49 @@ def write_card(results: Sequence[Results], config: AdaptiveLlavaConfig, facts: C
     return [*names, CARD]
 
 
-def gets_card(plan: UploadPlan, folder: Path) -> bool:
-    """Whether a push renders the card: not for adapters, and not in place of one written by hand."""
-    return not plan.is_adapter and may_write(folder)
+def describe_upload(
+    plan: UploadPlan, folder: Path, name: str, token: str | None = None
+) -> tuple[AdaptiveLlavaConfig, CardFacts]:
+    """What the card of an upload is written from, as `described`.
+
+    Args:
+        plan: What goes up: an adapter's base is the one that its config names there.
+        folder: Holds the model or adapter.
+        name: Hub id of the repository.
+        token: As of `described`.
+    """
+    facts = replace(read_facts(folder), name=name, loading=None)
+    if plan.is_adapter:
+        named = json.loads(plan.files[ADAPTER].read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return described(folder, replace(facts, base_model=named), named, token)
+    config = read_config(folder)
+    config.code_repository = plan.code_repository
+    return config, facts
 
 
-def add_card(
-    plan: UploadPlan,
-    folder: Path,
-    staging: Path,
-    name: str,
-    *,
-    revision: str | None = None,
-    code_revision: str | None = None,
-) -> None:
+def add_card(plan: UploadPlan, staging: Path, config: AdaptiveLlavaConfig, facts: CardFacts) -> None:
     """Put a rendered card, its pictures and `.eval_results` into what goes up.
 
     Args:
         plan: Gets them, and a note for each thing that the card lacks.
-        folder: Holds the model.
         staging: Where they are written.
-        name: Hub id of the repository.
-        revision: Commit to pin.
-        code_revision: Commit of the code's own repository.
+        config: Of the model, or of the adapter's base.
+        facts: What people state, and the commits to pin.
     """
-    config = read_config(folder)
-    config.code_repository = plan.code_repository
-    facts = replace(read_facts(folder), name=name, revision=revision, code_revision=code_revision)
-    results = read_results(path for file, path in plan.files.items() if "/" not in file and is_results(file))
-    written = write_card(results, config, facts, staging)
+    written = write_card(_results_in(plan), config, facts, staging)
     plan.files |= {file: staging / file for file in written}
     plan.left_out = [file for file in plan.left_out if file not in written]
     card = (staging / CARD).read_text(encoding="utf-8")
-    problems = lint_card(card, staging, untrained=not config.compressor_trained)
-    plan.notes = [note for note in plan.notes if not note.startswith("card: ")]
-    plan.notes += [f"card: {problem}" for problem in problems]
+    plan.notes += [f"card: {problem}" for problem in lint_card(card, staging, untrained=is_untrained(config, facts))]
+
+
+def pin_card(plan: UploadPlan, staging: Path, config: AdaptiveLlavaConfig, facts: CardFacts) -> None:
+    """Write the text of an added card again, with another commit to pin."""
+    (staging / CARD).write_text(render_card(_results_in(plan), config, facts), encoding="utf-8")
+
+
+def _results_in(plan: UploadPlan) -> list[Results]:
+    return read_results(path for file, path in plan.files.items() if "/" not in file and is_results(file))
 
 
 _STATED = (
@@ -171,6 +198,7 @@ _STATED = (
     "base_model_relation",
     "datasets",
     "language",
+    "summary",
     "training_data",
     "limits",
     "revision",
@@ -181,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adaptive_llava card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what `save_pretrained` of a model and its processor wrote")
+    parser.add_argument("folder", type=Path, help="what `save_pretrained` of a model or adapter and processor wrote")
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="results.json of `evaluate`")
     parser.add_argument("--check", action="store_true", help="check the card that is there, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a card that a person wrote or edited")
@@ -192,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--relation", dest="base_model_relation", choices=RELATIONS, help="to the base model")
     parser.add_argument("--dataset", dest="datasets", action="append", metavar="NAME", help="training data; repeat it")
     parser.add_argument("--language", action="append", metavar="CODE", help="ISO 639; repeat it for several")
+    parser.add_argument("--summary", metavar="TEXT", help="what it is for, in Markdown")
     parser.add_argument("--training-data", metavar="TEXT", help="what it was trained on, in Markdown")
     parser.add_argument("--limits", metavar="TEXT", help="what it cannot do, in Markdown")
     return parser

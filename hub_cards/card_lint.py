@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from adaptive_llava.hub_cards.card_facts import RELATIONS
-from adaptive_llava.hub_cards.card_metadata import FROM_SCRATCH_TAG, LIBRARY, PIPELINE, TAG
+from adaptive_llava.hub_cards.card_facts import OF_ADAPTERS, RELATIONS
+from adaptive_llava.hub_cards.card_metadata import ADAPTER_LIBRARY, FROM_SCRATCH_TAG, LIBRARY, PIPELINE, TAG
 from adaptive_llava.hub_cards.card_text import SECTIONS
 from adaptive_llava.hub_cards.upload_plan import HUB_ID, UNTRAINED_NOTE, UNTRAINED_TAG
 
@@ -105,8 +105,13 @@ def _model_index(data: Data) -> str | None:
     return f"`metrics` lacks {', '.join(sorted(set(unnamed)))}. Render the card again." if unnamed else None
 
 
-def _must_be(field: str, value: str) -> Callable[[Data], str | None]:
-    return lambda data: None if data.get(field) == value else f"must be {value}. Render the card again."
+def _library(data: Data) -> str | None:
+    expected = ADAPTER_LIBRARY if data.get("base_model_relation") == OF_ADAPTERS else LIBRARY
+    return None if data.get("library_name") == expected else f"must be {expected}. Render the card again."
+
+
+def _pipeline(data: Data) -> str | None:
+    return None if data.get("pipeline_tag") == PIPELINE else f"must be {PIPELINE}. Render the card again."
 
 
 def _language(data: Data) -> str | None:
@@ -122,8 +127,8 @@ def _tags(data: Data) -> str | None:
 # In the order in which the card has them.
 FIELDS: dict[str, Callable[[Data], str | None]] = {
     "license": _licence,
-    "library_name": _must_be("library_name", LIBRARY),
-    "pipeline_tag": _must_be("pipeline_tag", PIPELINE),
+    "library_name": _library,
+    "pipeline_tag": _pipeline,
     "base_model": _base_model,
     "base_model_relation": _relation,
     "datasets": _datasets,
@@ -138,7 +143,8 @@ def _missing_sections(text: str) -> list[str]:
     parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     problems = [f"section {name!r}: missing or empty." for name in SECTIONS if not sections.get(name, "").strip()]
-    if "Load it" in sections and "revision=" not in sections["Load it"]:
+    loading = sections.get("Load it", "")
+    if "from_pretrained(" in loading and "revision=" not in loading:
         problems.append("section 'Load it': no snippet has `revision=`, which pins the code that is run.")
     return problems
 

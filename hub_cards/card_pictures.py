@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaptive_llava.hub_cards.card_metadata import Results, one_line, slug
+from adaptive_llava.hub_cards.card_metadata import Results, data_label, one_line, slug, wholes
 from adaptive_llava.training.token_budgets import AUTO
 
 
@@ -21,7 +21,7 @@ def picture_names(results: Sequence[Results]) -> tuple[str | None, dict[str, str
 def histograms(results: Sequence[Results]) -> dict[str, dict[int, int]]:
     """Number of images by the tokens that the router spent on them, by dataset."""
     return {
-        one_line(result["data"]): {int(count): number for count, number in row["histogram"].items()}
+        data_label(result): {int(count): number for count, number in row["histogram"].items()}
         for result in results
         for row in result["budgets"]
         if row["budget"] == AUTO and row.get("histogram")
@@ -41,7 +41,7 @@ def draw_pictures(results: Sequence[Results], folder: Path) -> list[str]:
         from adaptive_llava.training.accuracy_plot import draw_results
 
         for metric, name in scores.items():
-            shown = [{**result, **_labels(result)} for result in results if result["metric"] == metric]
+            shown = [{**result, **_labels(result)} for result in wholes(results) if result["metric"] == metric]
             draw_results(shown, folder / name)
         if tokens:
             _draw_tokens(histograms(results), folder / tokens)
@@ -77,7 +77,7 @@ def _draw_tokens(counted: dict[str, dict[int, int]], path: Path) -> None:
 
 
 def _labels(result: Results) -> dict[str, str]:
-    return {name: _label(one_line(str(result.get(name, "")))) for name in ("model", "data")}
+    return {"model": _label(one_line(str(result.get("model", "")))), "data": _label(data_label(result))}
 
 
 def _label(name: str) -> str:

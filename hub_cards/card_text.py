@@ -18,7 +18,15 @@ import jinja2
 
 from adaptive_llava import __version__
 from adaptive_llava.hub_cards.card_facts import CardFacts
-from adaptive_llava.hub_cards.card_metadata import Results, check_results, front_matter, one_line
+from adaptive_llava.hub_cards.card_metadata import (
+    Results,
+    check_results,
+    data_label,
+    front_matter,
+    is_untrained,
+    one_line,
+    wholes,
+)
 from adaptive_llava.hub_cards.card_pictures import histograms, picture_names
 from adaptive_llava.hub_cards.papers import bibtex, first_sentence, part_modules
 from adaptive_llava.hub_cards.upload_plan import HUB_ID, UNTRAINED_NOTE
@@ -39,6 +47,7 @@ SECTIONS = (
     "Citation",
 )
 
+_EVALUATE = "python -m adaptive_llava evaluate"
 _MARK = re.compile(r"\n<!-- written by adaptive-llava card; sha256 of the text above: ([0-9a-f]{64}) -->\n$")
 _PIN = re.compile(r'^repo, revision = ".*", "([0-9a-f]{40})"', re.MULTILINE)
 
@@ -53,13 +62,17 @@ def render_card(
     results: Results | Sequence[Results],
     config: Any,
     facts: CardFacts = CardFacts(),  # noqa: B008, it is frozen
+    *,
+    pictures: bool = True,
 ) -> str:
     """The whole `README.md`. Its pictures are those of `draw_pictures`.
 
     Args:
-        results: What `evaluate` wrote, one file or several.
-        config: `AdaptiveLlavaConfig` of the model.
+        results: What `evaluate` wrote, one file or several; of another program, with its command as `measured_by`.
+            Subsets of a dataset (`options.subset`) that stands here whole are in the tables alone.
+        config: `AdaptiveLlavaConfig` of the model, or of the base of an adapter.
         facts: What people state; what they did not state is left out, and `lint_card` names it.
+        pictures: Whether to show pictures.
 
     Raises:
         ValueError: Results of another kind.
@@ -67,23 +80,27 @@ def render_card(
     listed = [results] if isinstance(results, Mapping) else list(results)
     for result in listed:
         check_results(result)
-    tokens_picture, score_pictures = picture_names(listed)
+    tokens_picture, score_pictures = picture_names(listed) if pictures else (None, {})
     budgets = _budgets(listed)
+    costs = [_costs(wholes(listed), budget) for budget in budgets]
+    commands = dict.fromkeys(_plain({"measured_by": _EVALUATE} | result)["measured_by"] for result in listed)
     text = _template().render(
         facts=facts,
         config=config,
-        untrained_note=None if config.compressor_trained else Verbatim(UNTRAINED_NOTE.strip()),
+        untrained_note=Verbatim(UNTRAINED_NOTE.strip()) if is_untrained(config, facts) else None,
         counts=list(config.visual_token_counts),
         preset=preset_name(config),
         parts=[Verbatim(first_sentence(module)) for module in part_modules(config)],
         histograms=histograms(listed),
-        base_on_hub=facts.base_model is not None and HUB_ID.fullmatch(facts.base_model) is not None,
+        base_on_hub=HUB_ID.fullmatch(facts.base_model or "") is not None,
         tokens_picture=tokens_picture,
         score_pictures=score_pictures,
         results=listed,
         budgets=budgets,
         tried=[AUTO] if config.tiling["type"] == "anyres" else [AUTO, *config.visual_token_counts],
-        costs=[_costs(listed, budget) for budget in budgets],
+        costs=costs,
+        costed=any(cost[kind] is not None for cost in costs for kind in cost if kind not in ("budget", "tokens")),
+        measured_by=Verbatim("`, `".join(commands)),
         calibration=None if config.calibration is None else Verbatim(calibration_text(_plain(config.calibration))),
         bibtex=[Verbatim(entry) for entry in bibtex(config)],
         version=__version__,
@@ -168,6 +185,7 @@ def _template() -> jinja2.Template:
         "markdown": lambda value: Verbatim(value.strip()),
         "number": lambda value, unit=1.0: Verbatim("-" if value is None else f"{value / unit:.4g}"),
         "score": _score,
+        "label": data_label,
         "row_of": lambda result, budget: next((row for row in result["budgets"] if row["budget"] == budget), None),
     }
     return environment.get_template("model_card.md")

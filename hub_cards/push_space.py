@@ -19,8 +19,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 
 import adaptive_llava
+from adaptive_llava.hub_cards.hub_branch import WHOLE, Pushed
 from adaptive_llava.hub_cards.hub_errors import check_reachable, tell_hub_failures
-from adaptive_llava.hub_cards.push import WHOLE, Pushed
 from adaptive_llava.hub_cards.upload_plan import CARD, HUB_ID
 
 

@@ -137,8 +137,6 @@ def plan_upload(
                 "mean nothing to whoever loads it. Train it first, or pass --untrained; its card then says so."
             )
         _replace(plan, staging, CARD, untrained_card(card))
-    elif plan.is_adapter and CARD not in plan.files:
-        plan.notes.append(f"There is no {CARD}, so the repository gets no card.")
     return plan
 
 

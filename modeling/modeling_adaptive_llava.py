@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -116,7 +117,8 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if "position_ids" in module._non_persistent_buffers_set:
             # of towers that are plain modules in transformers 5.0 to 5.4, whose own class is not asked
-            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
+            positions = cast(Tensor, module.position_ids)
+            positions.copy_(torch.arange(positions.shape[-1]))
         # by name: as remote code, the config brings classes of its own copy of these files
         if hasattr(module, "initialise") and not _is_loaded(module):
             module.initialise()  # last: transformers has visited the layers inside
@@ -151,10 +153,49 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, untrained: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, with the code; `untrained` as of `push_to_hub`, if that is asked for too."""
+        if kwargs.get("push_to_hub"):
+            self._check_trained(untrained)
         if self.config.code_repository is None:
             copy_code(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, untrained: bool = False, **kwargs: Any) -> Any:
+        """As in transformers: one commit, with the code, and with a card if the repository has none.
+
+        Args:
+            repo_id: Hub id of the repository.
+            args: As in transformers.
+            untrained: Whether a model with parts that were never trained is meant; its card then says so.
+            kwargs: As in transformers.
+
+        Raises:
+            ValueError: Parts were never trained, and `untrained` is False.
+        """
+        self._check_trained(untrained)
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _check_trained(self, untrained: bool) -> None:
+        if not (self.config.compressor_trained or untrained):
+            raise ValueError(
+                "The model has `config.compressor_trained=False`: parts of it were never trained, and its answers "
+                "would mean nothing to whoever loads it. Train it first; set the field to True if you did, with a "
+                "trainer of another package; or pass `untrained=True`, and its card says so."
+            )
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # the one place through which transformers' commits go, after it has put its empty card there
+        if (Path(working_dir) / "README.md").is_file():
+            try:
+                from adaptive_llava.hub_cards.pushed_card import complete_card
+            except ImportError:
+                pass  # as remote code, without the package: the card is transformers' own
+            else:
+                complete_card(self, Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

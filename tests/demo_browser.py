@@ -31,9 +31,10 @@ _FLAGS = (
 
 
 def missing() -> str:
-    """What the browser tests lack, for the reason of a skip; empty if nothing."""
+    """What the browser tests lack and how to get it, for the reason of a skip; empty if nothing."""
     modules = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
-    return ", ".join(modules + ([] if chromium() else ["chromium"]))
+    told = [f"{' and '.join(modules)} (run `make test-demo`)"] if modules else []
+    return ", ".join(told + ([] if chromium() else ["chromium (`apt-get install chromium`)"]))
 
 
 def chromium() -> str | None:

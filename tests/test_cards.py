@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,18 +26,24 @@ from safetensors.torch import load_file
 
 from adaptive_llava import AdaptiveLlavaConfig
 from adaptive_llava.__main__ import main as command_line
+from adaptive_llava.hub_cards.card import describe_upload
 from adaptive_llava.hub_cards.card import main as card_command
-from adaptive_llava.hub_cards.card_facts import CardFacts, read_facts
+from adaptive_llava.hub_cards.card_facts import CardFacts, read_facts, write_facts
 from adaptive_llava.hub_cards.card_lint import FIELDS, lint_card
 from adaptive_llava.hub_cards.card_metadata import eval_result_files, eval_results, one_line
+from adaptive_llava.hub_cards.card_pictures import draw_pictures
 from adaptive_llava.hub_cards.card_text import SECTIONS, is_as_rendered, pinned_revision, render_card
 from adaptive_llava.hub_cards.papers import bibtex, part_modules
+from adaptive_llava.hub_cards.stock_card import is_stock
+from adaptive_llava.hub_cards.upload_plan import plan_upload
 from adaptive_llava.training import evaluate
 from adaptive_llava.training.calibration_record import calibration_text
 from adaptive_llava.training.study.families import render
 from adaptive_llava.training.study.ship import SHIPPED
 from tests.conftest import PRESETS_HERE, tiny_model
 from tests.fresh_process import run_without_package
+from tests.loopback_hub.adapters import save_adapter
+from tests.loopback_hub.running import fault
 from tests.test_evaluation import write_pictures
 from tests.test_loading_paths import IS_5, save_checkpoint
 from tests.test_push import GENERATIONS
@@ -52,7 +59,7 @@ FACTS = CardFacts(
     base_model="org/base",
     datasets=("org/data", "my scans"),
     language=("en", "no"),
-    weights=242_628,
+    weights=242_500,
 )
 STATED = ["--license", "mit", "--base-model", "none", "--dataset", "org/data", "--language", "en"]
 INJECTED = (
@@ -91,8 +98,9 @@ def config() -> AdaptiveLlavaConfig:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """The shipped model without its card."""
-    return shutil.copytree(SHIPPED, tmp_path / "my_model", ignore=shutil.ignore_patterns("README.md"))
+    """The shipped model without its card and what that is written from."""
+    left_out = shutil.ignore_patterns("README.md", "card.yaml", "evaluation*.json")
+    return shutil.copytree(SHIPPED, tmp_path / "my_model", ignore=left_out)
 
 
 def front(card: str) -> dict:
@@ -128,15 +136,31 @@ def test_the_front_matter_is_complete_and_huggingface_hub_reads_it_back(config):
     assert [(one.dataset_name, one.metric_type, one.metric_value) for one in found] == [
         (each, metric, value)
         for each, metric in (("org/receipts", "anls"), ("my scans", "gqa"))
-        for value in (0.25, 0.75, 0.5)
+        for value in (0.75, 0.5)
     ]
-    assert found[2].metric_args == {"visual_token_budget": "auto", "mean_visual_tokens": 8}
-    assert found[2].dataset_split == "test" and found[2].dataset_config is None
+    assert found[1].metric_args == {"visual_token_budget": "auto", "mean_visual_tokens": 8}
+    assert found[1].dataset_split == "test" and found[1].dataset_config is None
+
+
+def test_the_index_is_short_and_the_tables_are_whole(config):
+    part = {"split": "test", "subset": "small"}
+    asked = [results(), results(options=part, questions=4), results("my scans", options=part)]
+    card = render_card(asked, config, FACTS)
+    told = [(one.dataset_name, one.dataset_config, one.metric_value) for one in read_back(card).eval_results]
+    # of a subset only where the whole is not there; of budgets the largest and the router's choice
+    assert told == [
+        (name, subset, value)
+        for name, subset in (("org/receipts", None), ("my scans", "small"))
+        for value in (0.75, 0.5)
+    ]
+    scores = "0.250 (0.125 to 0.375) | 0.750 (0.625 to 0.875) | 0.500 (0.375 to 0.625) | 8 |"
+    for label, questions in (("org/receipts", 10), ("org/receipts, small", 4), ("my scans, small", 10)):
+        assert f"| {label} | anls | {questions} | {scores}" in card and f"| {label} | 8 | 0 | 0 | 2 | 0 | 8 |" in card
 
 
 def test_results_on_hub_datasets_become_entries_one_file_each():
     files = eval_result_files([results(options={"split": "test", "subset": "small"}), results("my scans")])
-    assert list(files) == [f".eval_results/org-receipts_small_anls_{name}.yaml" for name in ("1", "36", "auto")]
+    assert list(files) == [f".eval_results/org-receipts_small_anls_{name}.yaml" for name in ("36", "auto")]
     (entry,) = yaml.safe_load(files[".eval_results/org-receipts_small_anls_auto.yaml"])
     assert entry == {
         "dataset": {"id": "org/receipts", "task_id": "small"},
@@ -150,7 +174,7 @@ def test_huggingface_hub_reads_the_entries_back():
     files = eval_result_files([results()])
     read = [huggingface_hub.parse_eval_result_entries(yaml.safe_load(text)) for text in files.values()]
     assert [(one.dataset_id, one.task_id, one.value) for (one,) in read] == [
-        ("org/receipts", "default", value) for value in (0.25, 0.75, 0.5)
+        ("org/receipts", "default", value) for value in (0.75, 0.5)
     ]
     written = [huggingface_hub.eval_result_entries_to_yaml(entries) for entries in read]
     assert written == [yaml.safe_load(text) for text in files.values()]
@@ -182,7 +206,7 @@ def test_names_that_try_to_break_out_stay_names(config):
         found, expected = ([one for one in whole.split("\n") if one.startswith(line)] for whole in (text, usual))
         assert len(found) == len(expected), line
     cells = {len(re.findall(r"(?<!\\)\|", line)) for line in text.split("\n") if line.startswith("| a ")}
-    assert cells == {7, 8} and r"\{\{ 7 \* 7 \}\}" in text
+    assert cells == {8} and r"\{\{ 7 \* 7 \}\}" in text
     for block in snippets(text):
         compile(block, "snippet", "exec")
     assert is_as_rendered(card)
@@ -191,21 +215,25 @@ def test_names_that_try_to_break_out_stay_names(config):
 # ---- text
 
 
-def test_it_says_what_it_spends_and_what_that_costs(config):
+def test_it_says_what_it_spends_and_what_that_costs(config, tmp_path):
     card = render_card([results(), results("my scans")], config, FACTS)
     assert "spends 1, 4, 9, 36 visual tokens on an image, as many as its router chooses." in card
-    assert "242,628 weights in all" in card and "[org/base](https://huggingface.co/org/base) (finetune)" in card
+    assert "242,500 weights in all" in card and "[org/base](https://huggingface.co/org/base) (finetune)" in card
     assert "| org/receipts | 8 | 0 | 0 | 2 | 0 | 8 |" in card
     scores = "0.250 (0.125 to 0.375) | 0.750 (0.625 to 0.875) | 0.500 (0.375 to 0.625)"
     assert (
-        f"| org/receipts | anls | 10 | {scores} |" in card and "| data | metric | questions | 1 | 36 | auto |" in card
+        f"| org/receipts | anls | 10 | {scores} | 8 |" in card
+        and "| data | metric | questions | 1 | 36 | auto | tokens chosen |" in card
     )
     assert "| auto | 8 | 8 | 24 | 8 | 2.5 |" in card
     assert "](card_tokens.png)" in card and "](card_anls.png)" in card
     bare = {"data": "d", "metric": "gqa", "questions": 3}
     row = {"budget": "16", "score": {"value": 41.5}, "mean_tokens": 16}
     few = render_card([{**bare, "budgets": [row]}], config, FACTS)
-    assert "| d | gqa | 3 | 41.5 |" in few and "| 16 | 16 | - | - | - | - |" in few and "card_tokens" not in few
+    assert "| d | gqa | 3 | 41.5 |\n" in few and "Mean cost" not in few and "card_tokens" not in few
+    timed = render_card([{**bare, "budgets": [row | {"ms_per_image": 2}]}], config, FACTS)
+    assert "| 16 | 16 | - | - | - | 2 |" in timed and "![" not in render_card(results(), config, FACTS, pictures=False)
+    assert draw_pictures([{**bare, "budgets": [row]}], tmp_path) == ["card_gqa.png"]  # without intervals too
     with pytest.raises(ValueError, match=r"results lacks metric, budgets\.score\. Pass `results\.json`"):
         render_card({"data": "d", "questions": 3, "budgets": [{"budget": "16", "mean_tokens": 16}]}, config, FACTS)
 
@@ -367,7 +395,7 @@ def test_what_makes_no_sense_is_refused(folder, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "has no README.md to check" in refused(folder, "--check")
-    assert "`model_type=None`. Pass the folder of a whole 'adaptive_llava' model" in refused(tmp_path)
+    assert "`model_type=None`. Pass the folder of an 'adaptive_llava' model" in refused(tmp_path)
     (tmp_path / "other.json").write_text('{"accuracy": 1}')
     assert "other.json lacks data, metric, questions, budgets" in refused(folder, "--results", tmp_path / "other.json")
     (folder / "card.yaml").write_text("licence: mit\n")
@@ -388,7 +416,7 @@ def test_results_of_evaluate_make_a_card(folder, tmp_path):
     assert card_command([str(folder), "--results", str(path), *STATED]) == 0
     card, found = (folder / "README.md").read_text(), json.loads(path.read_text())
     written = [(one.metric_type, one.metric_value) for one in read_back(card).eval_results]
-    assert written == [("gqa", row["score"]["value"]) for row in found["budgets"]]
+    assert written == [("gqa", row["score"]["value"]) for row in found["budgets"][1:]]
     spent = " | ".join(str(found["budgets"][2]["histogram"].get(count, 0)) for count in ("1", "4", "9", "36"))
     assert f"| pictures | {spent} | 0 | " in card and not (folder / ".eval_results").exists()
 
@@ -406,9 +434,9 @@ def run_snippets(card: str, hub, home: Path) -> None:
         (home / which).mkdir()
         shutil.copy(home / "image.png", home / which)
         variables |= {"HOME": str(home / which), "HF_HOME": str(home / which / "cache")}
-        code = "\n".join([loading, *more, "print('END', type(model).__module__)"])
+        code = "\n".join([loading, *more, "print('END', *{type(part).__module__ for part in model.modules()})"])
         said = run_without_package(code, folder=home / which, python=python, variables=variables)
-        assert "END transformers_modules." in said
+        assert " transformers_modules." in said[said.index("END ") :]
         for line in ("1 [1]", "4 [4]", "9 [9]", "36 [36]"):
             assert line in said.splitlines(), said
 
@@ -426,10 +454,50 @@ def test_push_renders_a_card_that_pins_its_commit_and_whose_snippets_run(hub, cl
     assert pinned_revision(card) == everything["id"] and is_as_rendered(card) and '"ada/carded"' in card
     assert lint_card(card) == []
     there = set(hub.files("ada/carded"))
-    assert {"card_tokens.png", "card_anls.png", ".eval_results/org-receipts_default_anls_1.yaml"} < there
+    assert {"card_tokens.png", "card_anls.png", ".eval_results/org-receipts_default_anls_36.yaml"} < there
     assert "card.yaml" not in there and not (folder / "README.md").exists()
     assert client.command("verify", f"ada/carded@{pinned_revision(card)}").status == 0
     run_snippets(card, hub, tmp_path)
+
+
+def test_an_adapter_s_card_pins_its_base_and_its_snippets_run(hub, client, folder, tmp_path):
+    assert client.command("push", folder, "ada/base").status == 0
+    base = hub.commits("ada/base")[0]["id"]
+    adapter = save_adapter(folder, tmp_path / "my_adapter")
+    assert is_stock((adapter / "README.md").read_text())
+    (adapter / "card.yaml").write_text("license: mit\ndatasets: [org/data]\nlanguage: [en]\n")
+    (adapter / "evaluation_receipts.json").write_text(json.dumps(results()))
+    done = client.command("push", adapter, "ada/lora", "--base", "ada/base")
+    assert done.status == 0, done.err
+    pinning, everything = hub.commits("ada/lora")
+    card = hub.read("ada/lora", "README.md").decode()
+    assert pinned_revision(card) == everything["id"] and pinning["title"].startswith("Pin ")
+    assert f'base, base_revision = "ada/base", "{base}"' in card and lint_card(card) == []
+    data = read_back(card)
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "ada/base", "adapter")
+    assert {"lora", "adaptive-llava", "query_resampler"} < set(data.tags) and data.datasets == ["org/data"]
+    assert "A LoRA adapter of rank 4 for [ada/base](https://huggingface.co/ada/base), a vision-language model" in card
+    first = hub.read("ada/lora", "README.md", everything["id"]).decode()
+    assert '"ada/lora", "main"' in first and is_as_rendered(first) and lint_card(first) == []
+    again = client.command("push", adapter, "ada/lora", "--base", "ada/base")
+    assert again.status == 0 and "has all of it already" in again.out and len(hub.commits("ada/lora")) == 2
+    (block,) = snippets(card, "bash")
+    merge = block.splitlines()[0].replace("my_model", str(tmp_path / "merged"))
+    assert merge.startswith("python -m adaptive_llava.training.merge ")
+    merged = client.code(f"from adaptive_llava.training import merge; merge.main({shlex.split(merge)[3:]!r})")
+    assert merged.status == 0 and (tmp_path / "merged" / "model.safetensors").is_file(), merged.err
+    run_snippets(card, hub, tmp_path)
+
+
+def test_the_card_command_describes_an_adapter_by_its_base(folder, tmp_path, capsys):
+    adapter = save_adapter(folder, tmp_path / "my_adapter")
+    assert card_command([str(adapter), "--license", "mit"]) == 1
+    assert f"base_model: {folder} is no id on the Hub" in capsys.readouterr().out
+    assert card_command([str(adapter), "--base-model", "ada/base"]) == 1
+    assert "base_model: " not in capsys.readouterr().out
+    card = (adapter / "README.md").read_text()
+    assert front(card)["base_model_relation"] == "adapter" and "LoRA adapter of rank 4" in card
+    assert "spends 1, 4, 9, 36 visual tokens" in card and "weights of its own" in card
 
 
 def test_a_second_push_pins_anew_only_what_changed(hub, client, folder):
@@ -448,6 +516,23 @@ def test_a_second_push_pins_anew_only_what_changed(hub, client, folder):
     pinned = pinned_revision(hub.read("ada/repins", "README.md").decode())
     assert pinned == hub.commits("ada/repins")[1]["id"] != first
     assert json.loads(hub.read("ada/repins", "generation_config.json", pinned))["max_new_tokens"] == 3
+
+
+def test_a_push_that_ends_before_its_pin_is_complete_and_the_next_one_pins_it(hub, client, folder):
+    name, passes = "ada/unpinned", fault("POST", "/commit/")
+    ends = [passes, fault("POST", "/commit/", times=99, status=500)]
+    chosen = json.loads((folder / "generation_config.json").read_text())
+    for number in (1, 2):  # a new repository, then one whose card pins what was there before
+        (folder / "generation_config.json").write_text(json.dumps(chosen | {"max_new_tokens": number}))
+        broken = client.command("push", folder, name, faults=ends)
+        assert broken.status == 2 and f"{name} was not pinned in its card" in broken.err
+        newest = hub.commits(name)[0]["id"]
+        card = hub.read(name, "README.md").decode()
+        assert f'repo, revision = "{name}", "main"' in card and pinned_revision(card) is None and is_as_rendered(card)
+        assert json.loads(hub.read(name, "generation_config.json"))["max_new_tokens"] == number
+        assert client.command("push", folder, name).status == 0
+        assert pinned_revision(hub.read(name, "README.md").decode()) == newest
+        assert len(hub.commits(name)) == 2 * number
 
 
 def test_the_fine_tuning_snippet_runs(hub, client, folder, tmp_path):
@@ -470,6 +555,32 @@ def test_the_fine_tuning_snippet_runs(hub, client, folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (home / "tuned" / "merged" / "model.safetensors").is_file()
+
+
+LOADING = """It comes with the package:
+
+```python
+from adaptive_llava.training.study.families import render
+from adaptive_llava.training.study.ship import load_shipped
+
+model, processor = load_shipped()
+inputs = processor(images=render(1, seed=1)[0].image, text="<image> which digit", return_tensors="pt")
+```"""
+
+
+def test_a_model_that_is_not_on_the_hub_says_how_to_load_it(config, folder, tmp_path, capsys):
+    stated = replace(FACTS, loading=LOADING, summary="It reads *small* pictures.", base_model="none", datasets=())
+    card = render_card([results()], config, replace(stated, training_data="Drawn."), pictures=False)
+    assert lint_card(card, tmp_path) == [] and "\nIt reads *small* pictures.\n" in card
+    assert "AutoModel" not in card and "--model_name_or_path my_model \\\n    --dataset_name" in card
+    scope: dict = {}
+    for block in snippets(card):
+        exec(block, scope)
+    assert "4 [4]\n9 [9]\n36 [36]\n" in capsys.readouterr().out
+    write_facts(folder, stated)
+    assert read_facts(folder).loading == LOADING
+    plan = plan_upload(folder, tmp_path)
+    assert describe_upload(plan, folder, "ada/model")[1].loading is None  # there it is on the Hub
 
 
 def test_snippets_of_a_model_without_a_chat_template_run(tmp_path, monkeypatch, capsys):

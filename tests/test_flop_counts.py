@@ -98,6 +98,17 @@ def test_tiled_images_of_one_prompt_may_differ_in_size():
         count_flops(model.config, tokens[:2], len(TEXT), image_size=sizes)
 
 
+def test_views_of_one_image_may_have_rungs_of_their_own():
+    model = tiny_model("dfmr", tiling=TILE)
+    rungs, sizes = [2, 0, 1, 0, 0], torch.tensor([[48, 48]])
+    counted = counted_by_torch(model, tiny_images(5).unsqueeze(0), rungs, image_sizes=sizes)
+    tokens = 36 + 4 + 9 + 4 + 4 + 2  # with a newline for each row of tiles
+    check(model, count_flops(model.config, tokens, len(TEXT), image_size=(48, 48), rungs=rungs), counted)
+    for wrong, message in (([2], "`rungs` has 1 entries, and these images have 5 views"), ([3] * 5, "`rungs` has 3.")):
+        with pytest.raises(ValueError, match=message):
+            count_flops(model.config, tokens, len(TEXT), image_size=(48, 48), rungs=wrong)
+
+
 def test_the_table_of_compressors_is_complete():
     assert {row["type"] for row in TINY_COMPRESSORS.values()} == set(COMPRESSORS)
 

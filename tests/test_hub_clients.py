@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_llava.hub_cards.card_lint import lint_card
+from adaptive_llava.hub_cards.card_text import is_as_rendered
+from adaptive_llava.hub_cards.stock_card import is_stock
+from adaptive_llava.hub_cards.upload_plan import UNTRAINED_NOTE
 from adaptive_llava.modeling.code_files import code_files
+from tests.loopback_hub.adapters import save_adapter
 from tests.loopback_hub.running import ROOT, RunningHub, fault
-from tests.loopback_hub.traffic import CHECKPOINT
+from tests.loopback_hub.traffic import CHECKPOINT, with_card_by_hand
 
 
 pytestmark = pytest.mark.compat
@@ -49,19 +54,78 @@ def big(hub, client, tmp_path_factory) -> tuple[str, str]:
 
 PUSH_PARTS = f"""
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
-for kind in (AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor):
+for kind in {{kinds}}:
     part = kind.from_pretrained({str(CHECKPOINT)!r})
-    part.push_to_hub("ada/parts", private=True)
+    part.push_to_hub({{name!r}}, private=True)
+"""
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("first", ["model", "processor"])
+def test_model_and_processor_push_themselves_as_one_commit_each_with_their_code(first, hub, client):
+    name = f"ada/parts-{first}"
+    kinds = ["AdaptiveLlavaForConditionalGeneration", "AdaptiveLlavaProcessor"]
+    order = ", ".join(kinds if first == "model" else kinds[::-1])
+    code = PUSH_PARTS.format(kinds=f"({order})", name=name)
+    done = client.code(code)
+    assert done.status == 0, done.err[-2000:]
+    assert len(hub.commits(name)) == 2
+    (of_the_model,) = [commit for commit in hub.commits(name) if "Generation" in commit["title"]]
+    assert MODEL_FILES | {path.name for path in code_files()} < set(hub.files(name, of_the_model["id"]))
+    card = hub.read(name, "README.md").decode()
+    assert is_as_rendered(card) and f'repo, revision = "{name}", "main"' in card
+    assert {line.split(":")[0] for line in lint_card(card)} == {
+        "license", "base_model", "datasets", "language", "metrics", "model-index", "text"
+    }  # fmt: skip
+    verified = client.command("verify", name)
+    assert verified.status == 0, verified.out
+    again = client.code(code)
+    assert again.status == 0 and not again.requests("PUT") and len(hub.commits(name)) == 2
+
+
+PUSH_UNTRAINED = f"""
+import sys
+from adaptive_llava import AdaptiveLlavaForConditionalGeneration
+model = AdaptiveLlavaForConditionalGeneration.from_pretrained({str(CHECKPOINT)!r})
+model.config.compressor_trained = {{trained}}
+{{code}}
 """
 
 
-def test_model_and_processor_push_themselves_with_their_code(hub, client):
-    done = client.code(PUSH_PARTS)
-    assert done.status == 0, done.err[-2000:]
-    assert len(hub.commits("ada/parts")) == 2  # one for each
-    assert {path.name for path in code_files()} < set(hub.files("ada/parts"))
-    verified = client.command("verify", "ada/parts")
-    assert verified.status == 0, verified.out
+def test_a_model_with_untrained_parts_pushes_itself_only_if_that_is_said(hub, client, tmp_path):
+    def pushed(code: str, trained: bool = False):
+        return client.code(PUSH_UNTRAINED.format(trained=trained, code=code))
+
+    saved = f"model.save_pretrained({str(tmp_path / 'saved')!r}, push_to_hub=True, repo_id='ada/raw'"
+    for code in ("model.push_to_hub('ada/raw')", f"{saved})"):
+        refused = pushed(code)
+        assert "ValueError: The model has `config.compressor_trained=False`" in refused.err and not refused.log
+    assert pushed(f"{saved}, untrained=True)").status == 0
+    card = hub.read("ada/raw", "README.md").decode()
+    assert is_as_rendered(card) and UNTRAINED_NOTE in card and "- untrained\n" in card
+    # trained meanwhile; and then by somebody who has not installed the package, onto a new repository
+    assert pushed("model.push_to_hub('ada/raw')", trained=True).status == 0
+    card = hub.read("ada/raw", "README.md").decode()
+    assert is_as_rendered(card) and UNTRAINED_NOTE not in card and "- untrained\n" not in card
+    absent = (
+        "sys.modules['adaptive_llava.hub_cards.pushed_card'] = None; model.push_to_hub('ada/bare', untrained=True)"
+    )
+    assert pushed(absent).status == 0 and is_stock(hub.read("ada/bare", "README.md").decode())
+    client.code("sys.modules.pop('adaptive_llava.hub_cards.pushed_card', None)")
+    assert pushed("model.push_to_hub('ada/bare', untrained=True)").status == 0
+    assert UNTRAINED_NOTE in hub.read("ada/bare", "README.md").decode()
+
+
+def test_a_card_that_a_person_wrote_stays_and_says_what_is_untrained(hub, client):
+    made = (
+        "from huggingface_hub import HfApi; HfApi().create_repo('ada/own'); HfApi().upload_file(repo_id='ada/own', "
+        "path_or_fileobj=b'---\\nlicense: mit\\n---\\n# My words\\n', path_in_repo='README.md')"
+    )
+    assert client.code(made).status == 0
+    code = f"{made.split(';')[0]}; model.push_to_hub('ada/own', untrained=True)"
+    assert client.code(PUSH_UNTRAINED.format(trained=False, code=code)).status == 0
+    card = hub.read("ada/own", "README.md").decode()
+    assert "# My words" in card and "license: mit" in card and UNTRAINED_NOTE in card
 
 
 def test_snapshot_download_and_the_command_line_get_every_file(pushed, hub, client, tmp_path):
@@ -128,16 +192,6 @@ def test_datasets_are_pushed_and_loaded(client):
     assert done.out.splitlines()[-2:] == ["0 1 2 3 4", "5"]
 
 
-ADAPTER = """
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
-model = AdaptiveLlavaForConditionalGeneration.from_pretrained({base!r})
-torch.manual_seed(0)
-adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-adapted.save_pretrained({folder!r})
-AdaptiveLlavaProcessor.from_pretrained({base!r}).save_pretrained({folder!r})
-"""
 LOAD_ADAPTER = """
 import torch
 from peft import PeftModel
@@ -152,9 +206,7 @@ print(all(torch.equal(value, there[key]) for key, value in here.items()))
 
 
 def test_an_adapter_alone_is_pushed_and_loaded_onto_its_base(pushed, hub, client, tmp_path):
-    folder = str(tmp_path / "adapter")
-    made = client.code(ADAPTER.format(base=str(CHECKPOINT), folder=folder))
-    assert made.status == 0, made.err
+    folder = str(save_adapter(CHECKPOINT, tmp_path / "adapter"))
     refused = client.command("push", folder, "ada/adapter")
     assert refused.status == 2 and "as its base, which nobody else can load" in refused.err
     done = client.command("push", folder, "ada/adapter", "--base", pushed)
@@ -190,9 +242,10 @@ def start_and_kill(hub: RunningHub, home: Path, *command: object) -> None:
 
 def test_a_push_killed_in_the_middle_shows_nothing_and_is_completed_by_the_next(hub, client, tmp_path):
     hub.order(fault("PUT", "/_lfs/", hold_after=100_000))
-    start_and_kill(hub, tmp_path / "home", "-m", "adaptive_llava", "push", CHECKPOINT, "ada/killed")
+    folder = with_card_by_hand(tmp_path / "folder")
+    start_and_kill(hub, tmp_path / "home", "-m", "adaptive_llava", "push", folder, "ada/killed")
     assert set(hub.files("ada/killed")) == {".gitattributes"} and not hub.commits("ada/killed")
-    done = client.command("push", CHECKPOINT, "ada/killed")
+    done = client.command("push", folder, "ada/killed")
     assert done.status == 0 and len(hub.commits("ada/killed")) == 1
     assert hub.files("ada/killed")["model.safetensors"]["lfs"]["oid"] == sha256_of(CHECKPOINT / "model.safetensors")
 
@@ -227,8 +280,9 @@ def test_a_download_cut_in_the_middle_is_whole_or_an_error(big, hub, client, tmp
 
 
 def test_a_client_with_xet_on_pushes_and_everybody_loads(hub, tmp_path):
+    folder = with_card_by_hand(tmp_path / "folder")
     with hub.client(tmp_path / "xet", xet=True) as with_xet:
-        done = with_xet.command("push", CHECKPOINT, "ada/xet")
+        done = with_xet.command("push", folder, "ada/xet")
     assert done.status == 0, done.err[-2000:]
     assert len(hub.commits("ada/xet")) == 1
     assert hub.files("ada/xet")["model.safetensors"]["lfs"]["oid"] == sha256_of(CHECKPOINT / "model.safetensors")

@@ -24,6 +24,12 @@ def test_a_push_is_one_commit_and_a_repeat_sends_next_to_nothing(report):
     assert changed["bytes_sent"] < first["bytes_sent"] / 100
 
 
+def test_the_commit_that_a_card_pins_has_one_more_on_top(report):
+    first, again = (report[f"{name}, with a card of ours"] for name in ("first push", "the same push again"))
+    assert first["by_kind"]["commit"] == 2 and first["by_kind"]["large files: send"] == 1
+    assert not {"commit", "preupload", "large files: ask"} & set(again["by_kind"]) and again["bytes_sent"] < 1000
+
+
 @pytest.mark.parametrize("number", range(len(PUSH_FAULTS)), ids=list(PUSH_FAULTS))
 def test_a_failed_push_shows_nothing_and_the_next_one_completes_it(report, number):
     case = report["faults of a push"][number]

@@ -93,7 +93,7 @@ def test_the_snippet_of_its_card_answers():
 def test_the_folder_is_small_and_holds_neither_code_nor_pickles():
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
-    assert {path.suffix for path in files} <= {".md", ".json", ".jinja", ".safetensors"}
+    assert {path.suffix for path in files} <= {".md", ".yaml", ".json", ".jinja", ".safetensors"}
     assert "auto_map" not in json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
 
 

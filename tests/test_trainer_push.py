@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from adaptive_llava.hub_cards.card_text import is_as_rendered, pinned_revision
+
 
 SAVE_BASE = """
 import os
@@ -27,6 +29,10 @@ def test_a_trained_adapter_is_pushed_without_what_only_trainers_read(hub, tmp_pa
         trained = trainer.code(TRAIN.format(base="ada/base"))
         assert trained.status == 0, trained.err
         verified = trainer.command("verify", "ada/trained")
+    card = hub.read("ada/trained", "README.md").decode()
+    assert is_as_rendered(card) and pinned_revision(card) == hub.commits("ada/trained")[1]["id"]
+    assert f'base, base_revision = "ada/base", "{hub.commits("ada/base")[0]["id"]}"' in card
+    assert "Its base was pushed with parts that were never trained" in card and "\n* data\n" in card
     there = set(hub.files("ada/trained"))
     assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json", "train_results.json"} < there
     assert not any(name.endswith((".bin", ".pt")) for name in there)

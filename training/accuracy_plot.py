@@ -28,7 +28,7 @@ def draw_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, result in enumerate(results):
-        label, colour = f"{result['model']}, {result['data']}", f"C{index % 10}"
+        label, colour = ", ".join(filter(None, [result["model"], result["data"]])), f"C{index % 10}"
         rows = sorted(result["budgets"], key=lambda row: row["mean_tokens"])
         fixed = [row for row in rows if row["budget"] != AUTO]
         routed = [row for row in rows if row["budget"] == AUTO]
@@ -47,7 +47,8 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], label: str, **style: Any
     if not rows:
         return
     values = [row["score"]["value"] for row in rows]
+    intervals = [row["score"].get("interval") or [value, value] for row, value in zip(rows, values, strict=True)]
     # a percentile interval need not hold the value itself
-    below = [max(row["score"]["value"] - row["score"]["interval"][0], 0) for row in rows]
-    above = [max(row["score"]["interval"][1] - row["score"]["value"], 0) for row in rows]
+    below = [max(value - low, 0) for value, (low, _) in zip(values, intervals, strict=True)]
+    above = [max(high - value, 0) for value, (_, high) in zip(values, intervals, strict=True)]
     axes.errorbar([row["mean_tokens"] for row in rows], values, yerr=[below, above], capsize=3, label=label, **style)

@@ -88,30 +88,35 @@ def count_flops(
     *,
     images: int = 1,
     image_size: Size | Sequence[Size] | None = None,
+    rungs: Sequence[int] | None = None,
 ) -> FlopCounts:
     """FLOPs of one prompt up to its first answer token.
 
     Args:
         config: The model's config; no weights are needed.
-        visual_tokens: Visual tokens of each image, newlines included: counts this model makes with all views of an
-            image at one rung. One number for all `images`, or a list with one per image.
+        visual_tokens: Visual tokens of each image, newlines included: without `rungs`, counts this model makes with
+            all views of an image at one rung. One number for all `images`, or a list with one per image.
         text_tokens: Text ids of the prompt, without placeholders; pre-fusion takes all of them for instruction.
         images: Images in the prompt; of a list, its length.
         image_size: Height and width of the images, in pixels, or a list with one pair per image; only AnyRes needs it.
+        rungs: Rung of each view, image after image, as the model's `visual_rungs`; the views of an image may differ.
 
     Raises:
         ValueError: A count that the model cannot make, no text or no image, an `image_size` that is missing or not
-            needed, or a part whose FLOPs are not known.
+            needed, rungs that are not those of these views, or a part whose FLOPs are not known.
     """
     counts = [visual_tokens] * images if isinstance(visual_tokens, int) else list(visual_tokens)
     for name, value in (("text_tokens", text_tokens), ("images", len(counts))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}={value!r}` must be a whole number >= 1.")
+    cuts = _cuts(config, image_size, len(counts))
     views: Counter[int] = Counter()  # by rung
-    towers = 0
-    for tokens, cut in zip(counts, _cuts(config, image_size, len(counts)), strict=True):
-        views[_rung(config, tokens, cut)] += cut.views
-        towers += config.tiling["n"] ** 2 + 1 if config.tiling["type"] == "mosaic" else cut.views
+    if rungs is None:
+        for tokens, cut in zip(counts, cuts, strict=True):
+            views[_rung(config, tokens, cut)] += cut.views
+    else:
+        views.update(_checked_rungs(config, rungs, sum(cut.views for cut in cuts)))
+    towers = sum(config.tiling["n"] ** 2 + 1 if config.tiling["type"] == "mosaic" else cut.views for cut in cuts)
     with torch.device("meta"):
         fusion, compressor = config.build_fusion(), config.build_compressor()
         router = config.build_router(compressor)
@@ -243,6 +248,15 @@ def _cuts(config: AdaptiveLlavaConfig, size: Size | Sequence[Size] | None, image
         )
     whole = images > 1 and tiling["several_images"] == "whole"
     return [cut_image(tiling, each, whole=whole) for each in sizes]
+
+
+def _checked_rungs(config: AdaptiveLlavaConfig, rungs: Sequence[int], views: int) -> Sequence[int]:
+    if len(rungs) != views:
+        raise ValueError(f"`rungs` has {len(rungs)} entries, and these images have {views} views. Pass one for each.")
+    wrong = [rung for rung in rungs if not 0 <= rung < len(config.visual_token_counts)]
+    if wrong:
+        raise ValueError(f"`rungs` has {wrong[0]}. Pass numbers from 0 to {len(config.visual_token_counts) - 1}.")
+    return rungs
 
 
 def _rung(config: AdaptiveLlavaConfig, visual_tokens: int, image: ImageViews) -> int:

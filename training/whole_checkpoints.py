@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import trainer_utils
 from trl import SFTTrainer
 
+from adaptive_llava.hub_cards.card_facts import FACTS, note_training
 from adaptive_llava.hub_cards.push import Pushed, push
 from adaptive_llava.training.finite_training import FirstSpoiledStep, all_finite
 from adaptive_llava.training.resume_point import UNFINISHED, newest_whole
@@ -112,9 +113,22 @@ class WholeCheckpointTrainer(SFTTrainer):
         with self._small_files("all_results.json"):
             super().save_metrics(split, metrics, combined)
 
-    def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        with self._small_files():
-            super().create_model_card(*arguments, **options)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """State base and dataset in `card.yaml`, from which `card` and `push` write the card.
+
+        TRL's own is for text models: its snippet would not run.
+
+        Args:
+            model_name: Is not used: the card has the name of the repository.
+            dataset_name: What it was trained on.
+            tags: Are not used.
+        """
+        if self.is_world_process_zero():
+            with self._small_files(FACTS):
+                config: Any = self.model.config
+                note_training(Path(str(self.args.output_dir)), config._name_or_path, dataset_name)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_numbers()

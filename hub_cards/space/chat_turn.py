@@ -30,7 +30,7 @@ class Run:
         answer: What the model wrote.
         tokens: Visual tokens of each image of the prompt.
         rungs: Rung of each view.
-        flops: Up to the first answer token; `None` for a model or a choice of rungs that `count_flops` does not know.
+        flops: Up to the first answer token; `None` for a model that `count_flops` does not know.
         first_token_ms: Milliseconds up to the first answer token, the vision tower included.
         total_ms: Milliseconds up to the last one.
     """
@@ -134,8 +134,9 @@ def run(
     tokens = tuple(found.num_visual_tokens.tolist())
     text_tokens = int((ids != model.config.image_token_id).sum())
     sizes = [tuple(size) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
-    flops = _flops(model.config, tokens, text_tokens, sizes)
-    return Run(answer, tokens, tuple(found.visual_rungs.tolist()), flops, watch.first, total)
+    chosen = tuple(found.visual_rungs.tolist())
+    flops = _flops(model.config, tokens, text_tokens, sizes, chosen)
+    return Run(answer, tokens, chosen, flops, watch.first, total)
 
 
 def run_both(model: Any, processor: Any, messages: Sequence[Message], budget: int | str) -> tuple[Run, Run]:
@@ -217,10 +218,12 @@ def _faster(one: Run, other: Run) -> Run:
     return replace(one, first_token_ms=first, total_ms=total)
 
 
-def _flops(config: Any, tokens: Sequence[int], text_tokens: int, sizes: Sequence[Any]) -> int | None:
-    tiled = config.tiling["type"] == "anyres"
+def _flops(
+    config: Any, tokens: Sequence[int], text_tokens: int, sizes: Sequence[Any], rungs: Sequence[int]
+) -> int | None:
+    tiled = list(sizes) if config.tiling["type"] == "anyres" else None
     try:
-        return count_flops(config, list(tokens), text_tokens, image_size=list(sizes) if tiled else None).end_to_end
+        return count_flops(config, list(tokens), text_tokens, image_size=tiled, rungs=rungs).end_to_end
     except ValueError:
         return None
 

@@ -85,6 +85,13 @@ print(f"huggingface_hub {huggingface_hub.__version__}, transformers {transformer
 """
 
 
+def with_card_by_hand(folder: Path) -> Path:
+    """A copy of the checkpoint whose card is pushed as it is, so that a push is one commit with one large file."""
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n")
+    return folder
+
+
 def figures(log: list[dict[str, Any]], seconds: float | None = None) -> dict[str, Any]:
     """Requests by kind, and the bytes of their bodies."""
     found = Counter(_kind(f"{entry['method']} {entry['path']}") for entry in log)
@@ -109,11 +116,14 @@ def measure(hub: RunningHub, folder: Path, python: str = sys.executable) -> dict
         folder: Empty folder for the client.
         python: Interpreter with the client.
     """
-    checkpoint = shutil.copytree(CHECKPOINT, folder / "checkpoint")
+    checkpoint = with_card_by_hand(folder / "checkpoint")
     with hub.client(folder / "client", python=python) as client:
         report: dict[str, Any] = {"client": client.code(_VERSIONS).out.strip()}
         for name in ("first push", "the same push again"):
             report[name] = _figures(client.command("push", checkpoint, "ada/public"))
+        carded = shutil.copytree(checkpoint, folder / "carded", ignore=shutil.ignore_patterns("README.md"))
+        for name in ("first push, with a card of ours", "the same push again, with a card of ours"):
+            report[name] = _figures(client.command("push", carded, "ada/carded"))
         results = checkpoint / "results.json"
         results.write_text(results.read_text() + "\n")
         report["a push with one changed file"] = _figures(client.command("push", checkpoint, "ada/public"))

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,20 +29,20 @@ if transformers.__version__.startswith("4."):
     AUTO = transformers.AutoModelForVision2Seq
 
 
-def load(folder: Path):
+def load(folder: Path) -> tuple[Any, Any]:
     model = AUTO.from_pretrained(folder, trust_remote_code=True)
     return model.eval(), transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 def asked(material: Path) -> list[tuple[Image.Image, list[dict], str]]:
-    rows = []
+    rows: list[tuple[Image.Image, list[dict], str]] = []
     for row in json.loads((material / "asked.json").read_text()):
-        content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+        content: list[dict] = [{"type": "image"}, {"type": "text", "text": row["question"]}]
         rows.append((Image.open(material / row["image"]), [{"role": "user", "content": content}], row["answer"]))
     return rows
 
 
-def answers(model, processor, material: Path) -> dict[str, list]:
+def answers(model: Any, processor: Any, material: Path) -> dict[str, list]:
     """Token ids and tokens spent, of all pictures in one padded batch, by budget."""
     images, messages, _ = zip(*asked(material), strict=True)
     prompts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
@@ -55,7 +56,7 @@ def answers(model, processor, material: Path) -> dict[str, list]:
     return found
 
 
-def fine_tune(model, processor, material: Path, folder: Path):
+def fine_tune(model: Any, processor: Any, material: Path, folder: Path) -> Any:
     from datasets import Dataset, List
     from datasets import Image as ImageColumn
     from peft import LoraConfig
@@ -89,7 +90,7 @@ def fine_tune(model, processor, material: Path, folder: Path):
 def main() -> None:
     what, material, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     said: dict[str, object] = {}
-    kept: dict[str, object] = {}
+    kept: dict[str, Any] = {}
 
     def step(name: str, run, after: str | None = None) -> None:
         if after and after not in kept:
@@ -104,7 +105,8 @@ def main() -> None:
 
     def same_answers() -> None:
         expected = json.loads((material / "expected.json").read_text())
-        assert answers(*kept["load"], material) == expected, "other answers than the version that saved it"
+        model, processor = kept["load"]
+        assert answers(model, processor, material) == expected, "other answers than the version that saved it"
 
     def asked_by_pipeline() -> None:
         model, processor = kept["load"]

@@ -177,8 +177,8 @@ def _large_and_small(style: Style, large_is_whole: bool) -> Any:
     large = int(rng.integers(10))
     glyphs = digit_masks(style.pick(style.fonts), int(layout.size * rng.uniform(0.85, 0.95)))
     mask = glyphs[large] if large_is_whole else in_pieces(rng, glyphs)
-    corner = tuple(int(at) for at in rng.integers(layout.size - len(mask) + 1, size=2))
-    paste(pixels, _OPACITY * mask, *corner, np.asarray(COLOURS[style.pick(_BRIGHT)]))
+    top, left = (int(at) for at in rng.integers(layout.size - len(mask) + 1, size=2))
+    paste(pixels, _OPACITY * mask, top, left, np.asarray(COLOURS[style.pick(_BRIGHT)]))
     questions = [(ask("digit"), DIGITS[large])] if large_is_whole else []
     for cell, place in enumerate(layout.cells):
         digit = int(rng.integers(10))
@@ -187,7 +187,7 @@ def _large_and_small(style: Style, large_is_whole: bool) -> Any:
             contents[cell] = digit
             questions.append((ask("digit", place), DIGITS[digit]))
     if large_is_whole:
-        note(layout, contents, mask, corner, DIGITS[large])
+        note(layout, contents, mask, (top, left), DIGITS[large])
     return pixels, questions, contents
 
 
@@ -226,7 +226,7 @@ def _page(style: Style, whole_in_36: int) -> Any:
 def _chart(style: Style, whole: bool) -> Any:
     """A coloured line over bars; where these are in pieces, the line is asked for."""
     rng, pixels, grid, cell = style.rng, paper(style), style.layout.grid, style.layout.cell
-    contents = np.full((grid, grid), CONTENTS.index("ground"))
+    cells = np.full((grid, grid), CONTENTS.index("ground"))
     ink = any_ink(rng)
     questions = []
     for column, bar in enumerate(style.layout.bars):
@@ -234,9 +234,9 @@ def _chart(style: Style, whole: bool) -> Any:
         bars = _bars(style.layout, width, int(rng.integers(3)), outlined=bool(rng.random() < 0.5))
         mask = bars[height - 1] if whole else in_pieces(rng, bars, cell)
         paste(pixels, mask, cell, column * cell + int(rng.integers(1, 3)), ink)
-        contents[grid - height :, column] = CONTENTS.index("bar")
+        cells[grid - height :, column] = CONTENTS.index("bar")
         questions.append((ask("height", bar), style.layout.heights[height - 1]))
-    contents = contents.reshape(-1)
+    contents = cells.reshape(-1)
     if not whole:
         contents[:] = CONTENTS.index("filler")
     header = _draw_header(style, pixels, contents)

@@ -6,8 +6,9 @@ Of all seeds and of both compressors that can spend several counts, the model wh
 pictures at the study's target mean. The classifier is trained again as in the study; the price of a token that meets
 the target is written into its biases, so that the likeliest rung is the priced one.
 
-Written to `--output`: config, safetensors, processor, tokenizer, `README.md` (the card) and `results.json`, whose
-figures are those of test pictures. The remote code is not: the package has it, and `save_pretrained` adds it.
+Written to `--output`: config, safetensors, processor, tokenizer, `README.md` (the card), and `results.json`, whose
+figures are those of test pictures; and, so that `push` can write the card again, `evaluation.json` and `card.yaml`.
+The remote code is not: the package has it, and `save_pretrained` adds it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptive_llava.hub_cards.card_facts import FROM_SCRATCH, CardFacts, write_facts
+from adaptive_llava.hub_cards.card_text import render_card
 from adaptive_llava.training.count_price import price_for, shares_of_largest
 from adaptive_llava.training.study.arms import (
     Arm,
@@ -41,6 +44,28 @@ from adaptive_llava.training.study.small_model import answers, take_weights
 SHIPPED = Path(__file__).resolve().parent / "checkpoint"
 
 _ARMS = ("pool", "resampler")
+_LOADING = """It comes with the package:
+
+```python
+from adaptive_llava.training.study.families import render
+from adaptive_llava.training.study.ship import load_shipped
+
+model, processor = load_shipped()
+picture = render(1, seed=1, test=True, families=["page_4"])[0]
+question, answer = picture.questions[0]
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=picture.image, text=prompt, return_tensors="pt")
+written = model.generate(**inputs, max_new_tokens=2)
+```"""
+_TRAINING_DATA = """Pictures that `adaptive_llava.training.study.families` draws, and nothing else; the test
+pictures are in fonts and rulings that training pictures never have. What the study says about routing is in
+`training/study/results`. It is rebuilt from nothing by
+
+```sh
+make study
+python -m adaptive_llava.training.study.ship
+```"""
 _AUTO_MAP_FILES = ("config.json", "processor_config.json")
 
 
@@ -116,71 +141,58 @@ def write(model: Any, processor: Any, results: dict[str, Any], output: Path) -> 
             fields.pop("auto_map")
             (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (folder / "evaluation.json").write_text(json.dumps(evaluations(results), indent=1) + "\n", encoding="utf-8")
+        write_facts(folder, card_facts(model, results))
         (folder / "README.md").write_text(card(model, results), encoding="utf-8")
         if output.exists():
             shutil.rmtree(output)
         shutil.copytree(folder, output)
 
 
-def card(model: Any, results: dict[str, Any]) -> str:
-    """The model card: what it is, what it spends on what, how to load and how to rebuild it."""
-    counts = [str(count) for count in results["counts"]]
-    rows = "\n".join(
-        f"| {family} | {row['auto']['tokens']:.1f} | {100 * row['auto']['accuracy']:.0f} % | "
-        + " | ".join(f"{100 * row[count]['accuracy']:.0f} %" for count in counts)
-        + " |"
-        for family, row in results["families"].items()
+def card_facts(model: Any, results: dict[str, Any]) -> CardFacts:
+    """What the model card says beside config and results."""
+    return CardFacts(
+        name="The small model of adaptive-llava",
+        license="apache-2.0",
+        base_model=FROM_SCRATCH,
+        datasets=(),
+        language=("en",),
+        summary=(
+            f"It reads pictures of {results['image_size']} pixels of the kinds that "
+            '`adaptive_llava.training.study.families` draws, asked in their words ("which digit at r2c3"), and '
+            "nothing else: it is here to try every part of the package in seconds on a CPU."
+        ),
+        training_data=_TRAINING_DATA,
+        loading=_LOADING,
+        weights=model.num_parameters(),
     )
-    head = " | ".join(f"always {count}" for count in counts)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    total = " | ".join(f"{100 * results['all'][count]['accuracy']:.1f} %" for count in counts)
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-language: en
-tags:
-- adaptive-llava
-- visual-token-compression
----
 
-# The small model of adaptive-llava
 
-{size:,} weights, trained from nothing: a CLIP tower, a Qwen2 and `{model.config.compressor["type"]}` at
-{", ".join(counts)} visual tokens. It reads pictures of {results["image_size"]} pixels of the kinds that
-`adaptive_llava.training.study.families` draws, asked in their words ("which digit at r2c3"), and nothing else: it is
-here to try every part of the package in seconds on a CPU.
+def evaluations(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results as `evaluate` writes them: of all test pictures, and of each family as a subset of them."""
+    number, counts = results["test_pictures"], results["counts"]
+    return [
+        {
+            "data": "test pictures",
+            "metric": "accuracy",
+            "questions": number if family is None else number // len(results["families"]),
+            "budgets": [
+                *(
+                    {"budget": str(count), "score": {"value": row[str(count)]["accuracy"]}, "mean_tokens": count}
+                    for count in counts
+                ),
+                {"budget": "auto", "score": {"value": row["auto"]["accuracy"]}, "mean_tokens": row["auto"]["tokens"]},
+            ],
+            "options": {"subset": family},
+            "measured_by": "python -m adaptive_llava.training.study.ship",
+        }
+        for family, row in {None: results["all"], **results["families"]}.items()
+    ]
 
-```python
-from adaptive_llava.training.study.families import render
-from adaptive_llava.training.study.ship import load_shipped
 
-model, processor = load_shipped()
-picture = render(1, seed=1, test=True, families=["page_4"])[0]
-question, answer = picture.questions[0]
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": question}}]}}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=picture.image, text=prompt, return_tensors="pt")
-written = model.generate(**inputs, max_new_tokens=2)
-```
-
-## Accuracy on test pictures, in fonts and rulings that training pictures never have
-
-| family | tokens chosen | right then | {head} |
-|---|---|---|{"---|" * len(counts)}
-{rows}
-| **all** | {results["all"]["auto"]["tokens"]:.1f} | {100 * results["all"]["auto"]["accuracy"]:.1f} % | {total} |
-
-{results["test_pictures"]} pictures, one question each; the figures are in `results.json`. What the study says about
-routing is in `training/study/results`.
-
-## Rebuild it from nothing
-
-```sh
-make study
-python -m adaptive_llava.training.study.ship
-```
-"""
+def card(model: Any, results: dict[str, Any]) -> str:
+    """The model card, by the template of all cards."""
+    return render_card(evaluations(results), model.config, card_facts(model, results), pictures=False)
 
 
 @torch.no_grad()
