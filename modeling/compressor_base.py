@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .option_schema import resolved_options
 from .visual_token_geometry import visual_token_ladder
-from .visual_tokens import VisionFeatures, VisualTokens
+from .visual_tokens import VisionFeatures, VisualTokens, joined_runs
 
 
 class Compressor(nn.Module):
@@ -107,10 +107,10 @@ class Compressor(nn.Module):
             ]
         )
         # The packed rows stand group by group; put the views back into their own order.
-        order = [view for views in groups for view in views]
-        starts = torch.tensor([0] + [lengths[view] for view in order[:-1]]).cumsum(0).tolist()
-        start_of = dict(zip(order, starts, strict=True))
-        index = torch.cat([torch.arange(start_of[view], start_of[view] + lengths[view]) for view in range(len(rungs))])
+        order, counts = torch.tensor([view for views in groups for view in views]), torch.tensor(lengths)
+        starts = torch.empty_like(counts)
+        starts[order] = counts[order].cumsum(0) - counts[order]
+        index = joined_runs(starts, counts)
         return packed.index_select(0, index.to(packed.device, non_blocking=True))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class QueryResamplerCompressor(Compressor):
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
+        self._positions: dict[Any, tuple[Tensor, Tensor]] = {}
         self.initialise()
 
     def queries(self, rung: int) -> Tensor:
@@ -174,13 +176,25 @@ class QueryResamplerCompressor(Compressor):
             # layer norm takes off the mean, so that it must be 0 already
             table[:, others] -= table[:, others].mean(1, keepdim=True)
 
+    def _kept_positions(self, grid: tuple[int, int], rung: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        # enlarging them costs a sixth of the projections of an image; a compiled graph keeps no state
+        if torch.compiler.is_compiling():
+            queries, keys = self.positions(grid, rung, like.device)
+            return queries.to(like.dtype), keys.to(like.dtype)
+        key = (tuple(grid), rung, like.device, like.dtype)
+        if key not in self._positions:
+            with torch.inference_mode(False):  # else training could not use them afterwards
+                queries, keys = self.positions(grid, rung, like.device)
+                self._positions[key] = queries.to(like.dtype), keys.to(like.dtype)
+        return self._positions[key]
+
     def _projected(self, features: VisionFeatures, rung: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, each `(V, heads, length, dim / heads)`."""
         patches = self.ln_kv(features.patches.to(self.ln_kv.weight.dtype))
-        query_positions, key_positions = self.positions(features.grid, rung, patches.device)
+        query_positions, key_positions = self._kept_positions(features.grid, rung, patches)
         queries = self.ln_q(self.queries(rung))
-        queries = self.q_proj(queries + query_positions.to(queries.dtype)).expand(len(patches), -1, -1)
-        keys = self.k_proj(patches + key_positions.to(patches.dtype))
+        queries = self.q_proj(queries + query_positions).expand(len(patches), -1, -1)
+        keys = self.k_proj(patches + key_positions)
         heads = [states.unflatten(2, (self.num_heads, -1)) for states in (queries, keys, self.v_proj(patches))]
         return heads[0].transpose(1, 2), heads[1].transpose(1, 2), heads[2].transpose(1, 2)
 

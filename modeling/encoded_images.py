@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .visual_tokens import joined_runs
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
@@ -52,7 +54,7 @@ class EncodedImages:
             values=_chosen(self.values, self.lengths, images),
             lengths=tuple(self.lengths[image] for image in images),
             rungs=tuple(self.rungs[view] for view in chosen.tolist()),
-            scores=self.scores[chosen.to(self.scores.device)],
+            scores=self.scores.index_select(0, chosen.to(self.scores.device, non_blocking=True)),
             views_per_image=tuple(self.views_per_image[image] for image in images),
             patches=patches,
             patch_lengths=patch_lengths,
@@ -90,5 +92,6 @@ class EncodedBatch:
 
 
 def _chosen(packed: Tensor, lengths: tuple[int, ...], images: Sequence[int]) -> Tensor:
-    pieces = packed.split(lengths)
-    return torch.cat([pieces[image] for image in images]) if images else packed[:0]
+    counts, chosen = torch.tensor(lengths, dtype=torch.long), torch.tensor(images, dtype=torch.long)
+    index = joined_runs((counts.cumsum(0) - counts)[chosen], counts[chosen])
+    return packed.index_select(0, index.to(packed.device, non_blocking=True))

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PretrainedConfig
 
 from .compressor_base import Compressor
@@ -127,27 +126,27 @@ def build_prefusion_rows(
     prompt = torch.arange(ids.shape[0]).unsqueeze(1) * ids.shape[1]
     if batch.attention_mask is None and holds_segments(batch.position_ids):
         prompt = prompt + segment_starts(batch.position_ids)
-    prompt = prompt.expand_as(ids).flatten()
-    images_of: dict[int, list[int]] = {}
-    for image, place in enumerate(places.tolist()):
-        if attended.flatten()[place]:
-            images_of.setdefault(int(prompt[place]), []).append(image)
-
-    num_patches, num_visual = sum(encoded.patch_lengths), sum(encoded.lengths)
-    patches = torch.arange(num_patches).split(encoded.patch_lengths)
-    visual = torch.arange(num_patches, num_patches + num_visual).split(encoded.lengths)
-    text = instruction & attended & (ids != image_token_id)
-    sequences = []
-    for key, images in images_of.items():
-        own_text = (text.flatten() & (prompt == key)).nonzero().squeeze(1) + num_patches + num_visual
-        own_visual = [visual[image] for image in images] if fuse_visual else []
-        sequences.append(torch.cat([*(patches[image] for image in images), *own_visual, own_text]))
-    if not sequences:
+    prompt = prompt.expand_as(ids).flatten().contiguous()
+    kept = attended.flatten()[places]
+    keys, row_of_image = torch.unique_consecutive(prompt[places[kept]], return_inverse=True)
+    if len(keys) == 0:
         return PrefusionRows(torch.empty(0, 0, dtype=torch.long), None)
-    source = pad_sequence(sequences, batch_first=True)
-    filled = torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(1)
-    mask = torch.arange(source.shape[1]) < filled
-    return PrefusionRows(source, None if bool(mask.all()) else mask.long())
+    rows_of_images = torch.full((len(places),), -1).masked_scatter(kept, row_of_image)
+    rows_of_text = torch.searchsorted(keys, prompt).clamp(max=len(keys) - 1)
+    enters = (instruction & attended & (ids != image_token_id)).flatten() & (keys[rows_of_text] == prompt)
+    rows_of_patches, rows_of_visual = (
+        rows_of_images.repeat_interleave(torch.tensor(lengths)) for lengths in (encoded.patch_lengths, encoded.lengths)
+    )
+    if not fuse_visual:
+        rows_of_visual = torch.full_like(rows_of_visual, -1)
+    # what stands in no row comes first; within a row, patches, visual tokens and text keep this order
+    row = torch.cat([rows_of_patches, rows_of_visual, rows_of_text.where(enters, -1)])
+    order = row.argsort(stable=True)[(row < 0).sum() :]
+    filled = row[order].bincount(minlength=len(keys))
+    source = torch.zeros(len(keys), int(filled.max()), dtype=torch.long)
+    slots = torch.arange(source.shape[1]) < filled.unsqueeze(1)
+    source[slots] = order
+    return PrefusionRows(source, None if bool(slots.all()) else slots.long())
 
 
 def check_prefusion(

@@ -624,7 +624,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def _ids_of_embeddings(self, embeddings: Tensor) -> Tensor:
         # placeholders are found by their embedding; every other id is unknown, and any but 0 (padding) will do
-        token = torch.tensor(self._placeholder, device=embeddings.device)
+        token = torch.full((), self._placeholder, device=embeddings.device)
         is_image = (embeddings == self.get_input_embeddings()(token)).all(-1)
         other = 1 if self._placeholder != 1 else 2
         return torch.where(is_image, self._placeholder, other)

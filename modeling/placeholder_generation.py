@@ -187,9 +187,9 @@ class PlaceholderGenerationMixin(GenerationMixin):
                 prefix_allowed_tokens_fn, repeats if beams == 1 else 1
             )
         output = super().generate(
-            expanded.to(input_ids.device),
+            expanded.to(input_ids.device, non_blocking=True),
             generation_config=generation_config,
-            attention_mask=mask.to(input_ids.device),
+            attention_mask=mask.to(input_ids.device, non_blocking=True),
             prefix_embeds=embeds,
             prefix_positions=positions,
             prefix_length=expanded.shape[1],

@@ -67,16 +67,18 @@ class PlaceholderLayout:
         Returns:
             Embeddings `(B, K, D)` on the device of `visual`, and positions `(B, K)`, -1 where a row has fewer than K.
         """
-        rows = [row.nonzero().squeeze(1) for row in self._is_visual]
-        width = max(1, *(len(columns) for columns in rows)) if rows else 1
-        positions = torch.full((len(rows), width), -1)
-        index = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, columns in enumerate(rows):
-            positions[row, : len(columns)] = columns
-            index[row, : len(columns)] = self.source[row, columns] - self.aligned.numel()
+        visual_slots = self._is_visual
+        counted = visual_slots.cumsum(1)
+        width = max([1, *counted[:, -1].tolist()])
+        positions = torch.full((len(counted), width), -1)
+        index = torch.zeros(len(counted), width, dtype=torch.long)
+        row, column = visual_slots.nonzero(as_tuple=True)
+        place = counted[row, column] - 1
+        positions[row, place] = column
+        index[row, place] = self.source[row, column] - self.aligned.numel()
         if len(visual) == 0:  # a batch without images: one column that no slot takes
             visual = visual.new_zeros(1, visual.shape[-1])
-        return visual[index.to(visual.device)], positions.to(visual.device)
+        return visual[index.to(visual.device, non_blocking=True)], positions.to(visual.device, non_blocking=True)
 
     def whole_prefix(self, text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """All of every row for decoding, where text too differs from the embeddings of its ids.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .compressor_base import patch_windows, window_means
@@ -28,11 +29,13 @@ class FeatureStdRouter(WindowSpreadRouter):
     type_name = "feature_std"
 
     def spreads(self, features: VisionFeatures, windows: Sequence[int]) -> list[Tensor]:
-        return [_window_std(features, window) for window in windows]
+        patches = features.patches.float()
+        return [_window_std(patches, features.grid, window) for window in windows]
 
 
-def _window_std(features: VisionFeatures, window: int) -> Tensor:
-    window_grid(features.grid, window, name="router.windows")
-    windows = patch_windows(features.patches, features.grid, window).float()
-    deviations = windows - window_means(windows)[:, :, None, :, None]
-    return window_means(deviations.square()).sqrt().mean(dim=(1, 2, 3))
+def _window_std(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    window_grid(grid, window, name="router.windows")
+    windows = patch_windows(patches, grid, window)
+    means = window_means(windows)[:, :, None, :, None].expand_as(windows)
+    squares = F.mse_loss(windows, means, reduction="none")  # subtracts and squares in one pass
+    return window_means(squares).sqrt().mean(dim=(1, 2, 3))

@@ -52,17 +52,25 @@ class VisionFeatures:
         return (ImageViews(),) * len(self.views_per_image) if self.image_views is None else self.image_views
 
     def select(self, views: Sequence[int]) -> VisionFeatures:
-        """The given views alone, each as an image of its own."""
-        index = torch.tensor(views).to(self.patches.device, non_blocking=True)
+        """The given views alone, each as an image of its own; adjacent ones are not copied."""
+        first, end = views[0], views[0] + len(views)
+        adjacent = list(views) == list(range(first, end))
+        index = None if adjacent else torch.tensor(views).to(self.patches.device, non_blocking=True)
+
+        def chosen(states: Tensor | None) -> Tensor | None:
+            if states is None:
+                return None
+            return states[first:end] if index is None else states.index_select(0, index)
+
         return VisionFeatures(
-            patches=self.patches.index_select(0, index),
+            patches=chosen(self.patches),
             grid=self.grid,
-            cls=None if self.cls is None else self.cls.index_select(0, index),
-            pixels=self.pixels.index_select(0, index),
+            cls=chosen(self.cls),
+            pixels=chosen(self.pixels),
             views_per_image=(1,) * len(views),
-            blocks={layer: states.index_select(0, index) for layer, states in self.blocks.items()},
-            layer_cls=None if self.layer_cls is None else self.layer_cls.index_select(0, index),
-            overview=None if self.overview is None else self.overview.index_select(0, index),
+            blocks={layer: chosen(states) for layer, states in self.blocks.items()},
+            layer_cls=chosen(self.layer_cls),
+            overview=chosen(self.overview),
         )
 
 
@@ -153,6 +161,20 @@ def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> Non
             f"`{name}` was given for {len(value)} images, but there are none. Pass `pixel_values` or "
             f"`encoded_images` with it, or leave `{name}` out."
         )
+
+
+def joined_runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Indices of several runs, one run behind another, without a loop over them.
+
+    Args:
+        starts: First index of each run, `(runs,)` on the host.
+        lengths: Length of each run, `(runs,)`.
+
+    Returns:
+        `(sum(lengths),)`.
+    """
+    own = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+    return own + torch.arange(len(own))
 
 
 def to_host(*tensors: Any) -> list[Any]:

@@ -148,6 +148,26 @@ def test_smaller_nested_counts_use_the_first_rows_of_the_one_table():
         assert torch.equal(alone.compress(views, 0), nested.compress(views, rung))
 
 
+def test_positions_are_computed_once_per_grid_and_precision_and_training_can_follow_inference(monkeypatch):
+    compressor = build(counts=[1, 4], num_heads=2)
+    computed, positions = [], compressor.positions
+
+    def noted(grid, rung, device):
+        computed.append((grid, rung))
+        return positions(grid, rung, device)
+
+    monkeypatch.setattr(compressor, "positions", noted)
+    with torch.inference_mode():
+        first = [compressor.compress(features(2, grid), rung) for grid in ((6, 6), (4, 6)) for rung in (0, 1)]
+    assert computed == [((6, 6), 0), ((6, 6), 1), ((4, 6), 0), ((4, 6), 1)]
+    again = [compressor.compress(features(2, grid), rung) for grid in ((6, 6), (4, 6)) for rung in (0, 1)]
+    sum(tokens.sum() for tokens in again).backward()
+    assert len(computed) == 4 and compressor.k_proj.weight.grad.abs().max() > 0
+    assert all(torch.equal(before, tokens) for before, tokens in zip(first, again, strict=True))
+    compressor.bfloat16().compress(views_of(features(2, (6, 6)).patches.bfloat16(), (6, 6)), 1)
+    assert computed[4:] == [((6, 6), 1)]
+
+
 def test_only_learned_tensors_are_saved():
     layers = [f"{part}_proj" for part in "qkvo"] + ["ln_q", "ln_kv"]
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"query_1", "query_4"}

@@ -60,6 +60,7 @@ def timed_pairs(
     *,
     pairs: int,
     warm_up: int = 2,
+    seconds: float = float("inf"),
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -72,14 +73,18 @@ def timed_pairs(
         peer: Second side, likewise.
         pairs: Number of pairs.
         warm_up: Untimed pairs before.
+        seconds: Begin no further pair after so many, but measure two.
         device: Where the work runs; a GPU is waited for before the clock is read.
         progress: Called with the number of pairs done.
         clock: Gives seconds. `time.process_time` counts only what this process computes on the CPU, whatever else
             the machine does; on a GPU it means nothing.
     """
-    times = []
+    times: Pairs = []
+    started = time.perf_counter()
     with torch.no_grad():
         for done in range(-warm_up, pairs):
+            if len(times) >= 2 and time.perf_counter() - started > seconds:
+                break
             pair = (_seconds(ours, device, clock), _seconds(peer, device, clock))
             if done >= 0:
                 times.append(pair)

@@ -25,7 +25,8 @@ import transformers
 from adaptive_llava import PRESETS, AdaptiveLlavaConfig, AdaptiveLlavaForConditionalGeneration
 from adaptive_llava.modeling.preset_table import preset_options
 from adaptive_llava.training.benchmark import provenance
-from adaptive_llava.training.benchmark_workload import SHAPES, TEXT_TOKENS, Workload
+from adaptive_llava.training.benchmark_shapes import SHAPES
+from adaptive_llava.training.benchmark_workload import TEXT_TOKENS, Workload
 from adaptive_llava.training.flop_counts import kv_cache_bytes
 from adaptive_llava.training.part_timing import PARTS, Prompt, time_parts
 from adaptive_llava.training.published_figures import cache_beside_published, flops_beside_published

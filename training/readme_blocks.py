@@ -91,11 +91,12 @@ def benchmark(result: dict[str, Any]) -> str:
         [
             row["what"],
             f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
-            f"{row['limit']:.3f}",
+            "" if row["limit"] is None else f"{row['limit']:.3f}",
             "" if row["bar"] is None else f"{row['bar']:.3f}, {'met' if row['met'] else 'missed'}",
             len(row["pairs"]),
         ]
         for row in result["rows"]
+        if "error" not in row
     ]
     machine = result["machine"]
     return (

@@ -1,0 +1,1 @@
+"""Rows of the benchmark by subject: functions `Workload -> Measurement`, named in `table.py`."""
