@@ -22,7 +22,7 @@ other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/p
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
 .PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms matrix
-.PHONY: style check clean
+.PHONY: suites test-suites style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -63,6 +63,15 @@ test-lmms: $(ENVIRONMENT)/installed $(ENVIRONMENT_LMMS)/installed
 ## One checkpoint under every supported transformers, each in a fresh environment (.venv-matrix); prints a table.
 matrix: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m tests.version_matrix
+
+## Hugging Face's own tests on every preset and on stock LLaVA, with both transformers; writes results/suites.json.
+suites: $(ENVIRONMENT)/installed $(ENVIRONMENT_4)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python -m tests.suites.run --output results
+	$(TEST_SETTINGS) $(ENVIRONMENT_4)/bin/python -m tests.suites.run --output results
+
+## The same on three presets, in about two minutes.
+test-suites: $(ENVIRONMENT)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python -m tests.suites.run --presets llava dfmr llava-mini
 
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -123,9 +123,10 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
         if hasattr(module, "initialise") and not _is_loaded(module):
             module.initialise()  # last: transformers has visited the layers inside
 
-    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
-        # not as "custom code", of which transformers 5 passes over all modules that only hold other modules
-        super()._initialize_weights(module)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: in custom code, transformers 5 passes over modules, its own too, that only hold other modules."""
+        return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -284,8 +285,16 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         )
         return self._compress(features, routing, rungs)
 
-    def extract_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> VisionFeatures:
-        """Features of all views as routers and compressors read them; arguments as in `encode_images`."""
+    def extract_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **tower_options: bool
+    ) -> VisionFeatures:
+        """Features of all views as routers and compressors read them.
+
+        Args:
+            pixel_values: As in `encode_images`.
+            image_sizes: As in `encode_images`.
+            tower_options: `keep_outputs` and `output_attentions` of `vision_tower_features.extract_features`.
+        """
         views, images = split_views(pixel_values, image_sizes, self.config.tiling)
         parameter = next(self.vision_tower.parameters())
         # with PEFT and gradient checkpointing, transformers 5 marks a frozen tower's embeddings as needing gradients
@@ -298,6 +307,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
                 views.to(device=parameter.device, dtype=parameter.dtype),
                 self.config.vision_feature_layer,
                 sorted(blocks),
+                join_unused=self.training and _is_trainable(self.vision_tower),
+                **tower_options,
             )
         # a router that reads pixels must see what the processor saw, not what the tower's precision leaves of it
         features = replace(features, pixels=views.to(parameter.device))
@@ -413,21 +424,43 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         *,
         visual_token_budget: Budget = None,
         visual_rungs: Sequence[int] | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Projected visual tokens per image, in transformers' contract; pre-fusion, which needs a prompt, comes later.
 
         Returns:
             On transformers 5.x a `BaseModelOutputWithPooling` whose `pooler_output` lists one `(tokens, text_dim)` per
-            image; on 4.57 that list itself.
+            image; the rest is the tower's: `last_hidden_state` `(views, tower_tokens, dim)` and, where asked for,
+            `hidden_states` and `attentions`. On 4.57 that list itself.
         """
+        wanted = {
+            name: getattr(self.config.vision_config, name, False) if value is None else value
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            )
+        }
+        features = self.extract_features(
+            pixel_values, image_sizes, keep_outputs=True, output_attentions=wanted["output_attentions"]
+        )
         encoded = self.encode_images(
-            pixel_values, image_sizes, visual_token_budget=visual_token_budget, visual_rungs=visual_rungs
+            pixel_values,
+            image_sizes,
+            visual_token_budget=visual_token_budget,
+            visual_rungs=visual_rungs,
+            features=features,
         )
         per_image = list(encoded.values.split(encoded.lengths))
         if int(transformers.__version__.split(".")[0]) < 5:
             return per_image
-        return BaseModelOutputWithPooling(last_hidden_state=encoded.values, pooler_output=per_image)
+        outputs = dict(features.tower_outputs)
+        if not wanted["output_hidden_states"]:
+            outputs["hidden_states"] = None
+        result = BaseModelOutputWithPooling(pooler_output=per_image, **outputs)
+        return result if _wants_dict(self.config, return_dict) else result.to_tuple()
 
     def forward(
         self,
@@ -445,6 +478,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> AdaptiveLlavaModelOutputWithPast | tuple:
@@ -466,10 +500,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
             position_ids: Placeholder-aligned, `(B, L)`.
             past_key_values: Cache of expanded rows.
             inputs_embeds: Text embeddings in place of `input_ids`, `(B, L, text_dim)`.
+            output_attentions: Return the language model's attentions; `None` does as the config says.
 
         Raises:
             ValueError: Images and placeholders disagree, or budgets do not fit.
         """
+        if output_attentions is not None:
+            kwargs["output_attentions"] = output_attentions
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         text = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
@@ -477,7 +514,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None  # a share of a batch that got no images
         if pixel_values is not None or encoded_images is not None:
-            ids = input_ids if input_ids is not None else self._ids_of_embeddings(text)
+            ids = input_ids if input_ids is not None else self.ids_of_embeddings(text)
             batch = self.encode_batch(
                 ids,
                 attention_mask,
@@ -534,7 +571,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         last_hidden_state = outputs.last_hidden_state
         if layout is not None:
             last_hidden_state = layout.gather(last_hidden_state)
-            hidden_states = tuple(map(layout.gather, hidden_states)) if hidden_states is not None else None
+            if hidden_states is not None:  # of layers that were not asked for: None
+                hidden_states = tuple(state if state is None else layout.gather(state) for state in hidden_states)
         result = AdaptiveLlavaModelOutputWithPast(
             last_hidden_state=last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -622,7 +660,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
     def _placeholder(self) -> int:
         return self.config.image_token_id
 
-    def _ids_of_embeddings(self, embeddings: Tensor) -> Tensor:
+    def ids_of_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Ids `(B, L)` for embeddings `(B, L, text_dim)`: right where a placeholder stands, and any elsewhere."""
         # placeholders are found by their embedding; every other id is unknown, and any but 0 (padding) will do
         token = torch.full((), self._placeholder, device=embeddings.device)
         is_image = (embeddings == self.get_input_embeddings()(token)).all(-1)
@@ -683,6 +722,8 @@ class AdaptiveLlavaForConditionalGeneration(
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012, as above
+    # of the head alone; releases name the way it is split differently
+    _tp_plan = dict(LlamaForCausalLM._tp_plan)  # noqa: RUF012, as above
 
     def __init__(self, config: AdaptiveLlavaConfig):
         super().__init__(config)
@@ -726,6 +767,7 @@ class AdaptiveLlavaForConditionalGeneration(
         image_sizes: Tensor | None = None,
         *,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -736,6 +778,7 @@ class AdaptiveLlavaForConditionalGeneration(
         visual_rungs: Sequence[int] | Tensor | None = None,
         prefix_embeds: Tensor | None = None,
         prefix_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> AdaptiveLlavaCausalLMOutputWithPast | tuple:
@@ -744,6 +787,7 @@ class AdaptiveLlavaForConditionalGeneration(
         Args:
             labels: `(B, L)`, aligned with `input_ids`; -100 and placeholders are left out of the loss. Pre-fusion
                 takes the text without label for instruction, unless `instruction_mask` is given.
+            shift_labels: Targets that are already shifted, `(B, L)`: the loss is taken against them.
             logits_to_keep: Number of last positions to score, or their indices; 0 scores all.
         """
         if instruction_mask is None and labels is not None:
@@ -763,6 +807,7 @@ class AdaptiveLlavaForConditionalGeneration(
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
             return_dict=True,
             **kwargs,
         )
@@ -770,9 +815,16 @@ class AdaptiveLlavaForConditionalGeneration(
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            labels, shift_labels = (
+                None if targets is None else targets.masked_fill(targets == self.config.image_token_id, -100)
+                for targets in (labels, shift_labels)
+            )
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_arguments
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                shift_labels=shift_labels,
+                **loss_arguments,
             )
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         result = AdaptiveLlavaCausalLMOutputWithPast(loss=loss, logits=logits, **fields)

@@ -25,7 +25,7 @@ class CompactRows:
     """Shows a caller's own processor, criterion, streamer or callback the rows as they know them.
 
     Args:
-        prompt: Compact prompt ids, `(B, L)`.
+        prompt: Prompt ids as they were given, `(B, L)`; of a prompt of embeddings alone, `(B, 0)`.
         expanded_length: Length of the expanded prompt, in slots.
     """
 
@@ -84,6 +84,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         encoded_images: Any = None,
+        inputs_embeds: Tensor | None = None,
         instruction_mask: Tensor | None = None,
         visual_token_budget: Any = None,
         visual_rungs: Any = None,
@@ -98,6 +99,8 @@ class PlaceholderGenerationMixin(GenerationMixin):
             pixel_values: `(num_images, 3, height, width)`; with tiling `(num_images, views, 3, height, width)`.
             image_sizes: Original heights and widths, `(num_images, 2)`; only AnyRes needs them.
             encoded_images: Result of `encode_images` in place of `pixel_values`.
+            inputs_embeds: Embeddings of the prompt, `(B, L, text_dim)`, those of the placeholders included. Without
+                `input_ids` only the new ids come back.
             instruction_mask: Text that pre-fusion takes in, `(B, L)`; the whole prompt by default.
             visual_token_budget: `None`/`"auto"`, tokens per image, a list, `{"ceiling": n}` or `{"total": n}`.
             visual_rungs: One rung per view (without AnyRes: per image), replayed exactly.
@@ -124,8 +127,10 @@ class PlaceholderGenerationMixin(GenerationMixin):
             if input_ids is not None and not config.is_assistant:
                 _check_no_placeholders(input_ids, self.config.image_token_id)
             if max_expanded_length is not None:
-                given = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+                given = input_ids if input_ids is not None else inputs_embeds
                 kwargs |= _expanded_lengths(config, kwargs, given.shape[1], 0, max_expanded_length)
+            if inputs_embeds is not None:
+                kwargs["inputs_embeds"] = inputs_embeds
             return super().generate(
                 input_ids,
                 generation_config=generation_config,
@@ -136,8 +141,16 @@ class PlaceholderGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        if input_ids is None:
+        if input_ids is None and inputs_embeds is None:
             raise ValueError("`input_ids` is missing: images need a prompt with their placeholders.")
+        prompt = input_ids if input_ids is not None else torch.zeros(len(inputs_embeds), 0, dtype=torch.long)
+        if input_ids is None:
+            input_ids = self.model.ids_of_embeddings(inputs_embeds)
+        elif inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)} and `input_ids` {tuple(input_ids.shape)}. "
+                "With images, pass embeddings of exactly these ids, or leave `input_ids` out."
+            )
 
         pad_token_id = kwargs.get("pad_token_id", config.pad_token_id)
         if attention_mask is None:
@@ -170,16 +183,18 @@ class PlaceholderGenerationMixin(GenerationMixin):
             filling = _first_id(pad_token_id, config.eos_token_id)
             expanded = layout.expand_ids(expanded, self.config.image_token_id, filling)
             mask = layout.attention_mask if layout.attention_mask is not None else torch.ones_like(expanded)
-        if self.config.prefusion_layers:
-            text = self.get_input_embeddings()(input_ids)
+        if self.config.prefusion_layers or inputs_embeds is not None:
+            text = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
             embeds, positions = layout.whole_prefix(
                 *self.model.fuse_modalities(text, batch, cached=cached, slots=layout.aligned)
             )
         else:
             embeds, positions = layout.prefix(encoded.values)
         surplus = expanded.shape[1] - input_ids.shape[1]
-        rows = CompactRows(input_ids, expanded.shape[1])
-        if prefix_allowed_tokens_fn is not None and compact:
+        rows, differs = CompactRows(prompt, expanded.shape[1]), compact
+        if prompt is not input_ids:  # nobody knows the ids: placeholders, which no processor can make the model write
+            expanded, differs = torch.full_like(expanded, self.config.image_token_id), True
+        if prefix_allowed_tokens_fn is not None and differs:
             beams, repeats = (
                 kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")
             )
@@ -193,15 +208,15 @@ class PlaceholderGenerationMixin(GenerationMixin):
             prefix_embeds=embeds,
             prefix_positions=positions,
             prefix_length=expanded.shape[1],
-            logits_processor=_wrapped(LogitsProcessorList, logits_processor, rows, compact),
-            stopping_criteria=_wrapped(StoppingCriteriaList, stopping_criteria, rows, compact),
+            logits_processor=_wrapped(LogitsProcessorList, logits_processor, rows, differs),
+            stopping_criteria=_wrapped(StoppingCriteriaList, stopping_criteria, rows, differs),
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            streamer=CompactStreamer(streamer, rows) if streamer is not None and compact else streamer,
+            streamer=CompactStreamer(streamer, rows) if streamer is not None and differs else streamer,
             **(kwargs | _expanded_lengths(config, kwargs, expanded.shape[1], surplus, max_expanded_length)),
         )
         if isinstance(output, Tensor):
-            return rows.rows(output) if compact else output
-        if compact:
+            return rows.rows(output) if differs else output
+        if differs:
             output.sequences = rows.rows(output.sequences)
         for name, value in encoded.counts().items():
             output[name] = value
@@ -238,8 +253,8 @@ class PlaceholderGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(*args, **kwargs)
 
 
-def _wrapped(kind: type, functions: Any, rows: CompactRows, compact: bool) -> Any:
-    if functions is None or not compact:
+def _wrapped(kind: type, functions: Any, rows: CompactRows, differs: bool) -> Any:
+    if functions is None or not differs:
         return functions
     functions = functions if isinstance(functions, list) else [functions]
     return kind([_Wrapped(function, rows) for function in functions])

@@ -59,6 +59,10 @@ def extract_features(
     pixel_values: Tensor,
     layer: int | Sequence[int],
     blocks: Sequence[int] = (),
+    *,
+    keep_outputs: bool = False,
+    output_attentions: bool = False,
+    join_unused: bool = False,
 ) -> VisionFeatures:
     """Run a vision tower and read its patches.
 
@@ -67,17 +71,23 @@ def extract_features(
         pixel_values: `(V, 3, height, width)`, one view per image.
         layer: Index into the hidden states; a list joins several along the channels, in list order.
         blocks: Further hidden states to keep, prefix tokens dropped.
+        keep_outputs: Keep all that the tower gives, in `tower_outputs`.
+        output_attentions: Keep its attentions too; those of SigLIP stay `None` on transformers 4.57.
+        join_unused: Let what lies above the layer join the patches with weight 0, so that each of the tower's weights
+            gets a gradient: distributed training waits for all.
 
     Raises:
         ValueError: The tower's tokens form no patch grid, or a layer or block is not there.
     """
-    outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True)
+    asked = {"output_attentions": True} if output_attentions else {}
+    outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True, **asked)
     states = _layer_by_layer(tower, pixel_values) if outputs is None else outputs.hidden_states
+    last_hidden_state = states[-1] if outputs is None else outputs.last_hidden_state
     layers = [layer] if isinstance(layer, int) else list(layer)
     for index in [*layers, *blocks]:
         if not -len(states) <= index < len(states):
-            asked = f"`vision_feature_layer={layer!r}`" if index in layers else f"Block {index} of {list(blocks)}"
-            raise ValueError(f"{asked} is not there: this tower has hidden states 0 to {len(states) - 1}.")
+            name = f"`vision_feature_layer={layer!r}`" if index in layers else f"Block {index} of {list(blocks)}"
+            raise ValueError(f"{name} is not there: this tower has hidden states 0 to {len(states) - 1}.")
     last = states[layers[0]]
     if len(last) != len(pixel_values):
         raise ValueError(
@@ -96,6 +106,9 @@ def extract_features(
                 "with one token per patch (after optional prefix tokens) can be compressed."
             )
     patches = torch.cat([_patches(states[index], prefix) for index in layers], dim=-1)
+    if join_unused:
+        above = (last_hidden_state, getattr(outputs, "pooler_output", None))
+        patches = patches + sum((state * 0).sum() for state in above if state is not None)
     return VisionFeatures(
         patches=patches,
         grid=grid,
@@ -104,6 +117,13 @@ def extract_features(
         views_per_image=(1,) * pixel_values.shape[0],
         blocks={index: _patches(states[index], prefix) for index in blocks},
         layer_cls=torch.cat([states[index][:, 0] for index in layers], dim=-1) if prefix else None,
+        tower_outputs={
+            "last_hidden_state": last_hidden_state,
+            "hidden_states": states,
+            "attentions": getattr(outputs, "attentions", None),
+        }
+        if keep_outputs
+        else None,
     )
 
 

@@ -34,6 +34,8 @@ class VisionFeatures:
         views_per_image: Views of each image, as host integers.
         overview: Patches of the whole image, `(V, patches, dim)`, beside a mosaic of its tiles; pre-fusion reads both.
         image_views: How AnyRes cut each image; `None` without it.
+        tower_outputs: All that the tower gave, where it was asked for: `last_hidden_state (V, tokens, tower_dim)`,
+            `hidden_states` and `attentions`.
     """
 
     patches: Tensor
@@ -45,6 +47,7 @@ class VisionFeatures:
     layer_cls: Tensor | None = None
     overview: Tensor | None = None
     image_views: tuple[ImageViews, ...] | None = None
+    tower_outputs: Mapping[str, Any] | None = None
 
     @property
     def images(self) -> tuple[ImageViews, ...]:

@@ -45,20 +45,24 @@ if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only
 LAYOUTS = ("compact", "expanded")
 INPUT_NAMES = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
 
+# Options of a call that are ours though transformers also names some, and the group they may be nested in.
+_OWN_OPTIONS = {
+    "layout": "text_kwargs",
+    "return_mm_token_type_ids": "text_kwargs",
+    "return_text_replacement_offsets": "text_kwargs",
+    "num_frames": "videos_kwargs",
+    "fps": "videos_kwargs",
+}
 _CALL_OPTIONS = {
     "visual_token_budget",
     "visual_rungs",
-    "layout",
     "allow_urls",
-    "return_mm_token_type_ids",
-    "return_text_replacement_offsets",
     "videos",
-    "num_frames",
-    "fps",
 }
 _PROCESSOR_KWARGS = (
     _CALL_OPTIONS
-    | {"text_kwargs", "images_kwargs", "common_kwargs", "audio"}
+    | set(_OWN_OPTIONS)
+    | {"text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", "audio"}
     | set(TextKwargs.__annotations__)
     | set(ImagesKwargs.__annotations__)
 )
@@ -89,6 +93,8 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
     Raises:
         ValueError: The tokenizer does not know `image_token`, or `layout` is unknown.
     """
+
+    valid_processor_kwargs = AdaptiveLlavaProcessorKwargs
 
     if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads the signature of __init__
         attributes = ["image_processor", "tokenizer"]
@@ -175,14 +181,9 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         text: str | Sequence[str] | None = None,
         videos: Any = None,
         *,
-        num_frames: int | None = None,
-        fps: float | None = None,
         visual_token_budget: int | Sequence[int] | Mapping[str, int] | str | None = None,
         visual_rungs: Sequence[int] | None = None,
-        layout: str | None = None,
-        allow_urls: bool = False,
-        return_mm_token_type_ids: bool = True,
-        return_text_replacement_offsets: bool = False,
+        allow_urls: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs for prompts with any number of images each.
@@ -195,19 +196,19 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
             videos: Video files, folders of images, arrays `(frames, height, width, 3)` or lists of images: one, a flat
                 list, or a list per prompt. Every frame becomes an image of its own: `<video>` becomes one `<image>`
                 per frame, and budgets and rungs count frames as images.
-            num_frames: Frames per video, the middles of equal segments; by default 8 of a file, and all of a list,
-                array or folder.
-            fps: Frames per second of a video file, in place of `num_frames`.
             visual_token_budget: Handed on to the model: tokens per image, a list with one number per image, or
                 `{"ceiling": n}`. With the expanded layout it becomes the `visual_rungs` it stands for.
             visual_rungs: Exact replay of counts, one rung per view (without AnyRes: per image), for the model.
-            layout: `"compact"` or `"expanded"` for this call.
             allow_urls: Fetch images given as `http(s)` addresses.
-            return_mm_token_type_ids: Leave out `mm_token_type_ids` if false.
-            return_text_replacement_offsets: Add `text_replacement_offsets`, as transformers 5 does: per row and image
-                where its placeholder stood (`"span"`, in characters) and where what replaced it stands (`"new_span"`).
             kwargs: Options of the tokenizer (`padding`, `padding_side`, `truncation`, ...), of the image processor,
-                and `return_tensors`.
+                and `return_tensors`; flat, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`. And of ours:
+                `layout`: `"compact"` or `"expanded"` for this call.
+                `num_frames`: Frames per video, the middles of equal segments; by default 8 of a file, and all of a
+                list, array or folder. `fps`: Frames per second of a video file, in place of `num_frames`.
+                `return_mm_token_type_ids=False`: Leave out `mm_token_type_ids`.
+                `return_text_replacement_offsets`: Add `text_replacement_offsets`, as transformers 5 does: per row and
+                image where its placeholder stood (`"span"`, in characters) and where what replaced it stands
+                (`"new_span"`).
 
         Raises:
             ValueError: Images and placeholders of a row disagree, truncation would cut placeholders, an image is
@@ -217,6 +218,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
             raise ValueError("`audio` was given, but this model reads images and videos only. Leave it out.")
         if images is None and text is None and videos is None:
             raise ValueError("`images` and `text` are both missing. Pass at least one of them.")
+        own = _own_options(kwargs)
         options = self._merge_kwargs(
             AdaptiveLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -224,16 +226,16 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.pop("return_tensors", None)
 
         texts = None if text is None else _check_texts(text)
-        media = media_of_prompts(texts, self.image_token, images, videos, FrameSampling(num_frames, fps))
+        media = media_of_prompts(texts, self.image_token, images, videos, FrameSampling(own["num_frames"], own["fps"]))
         sources, rows = media.sources, media.per_prompt
         data_format = images_kwargs.pop("input_data_format", None)
-        loaded = load_images(sources, allow_urls=allow_urls, input_data_format=data_format)
+        loaded = load_images(sources, allow_urls=bool(allow_urls), input_data_format=data_format)
         sizes = [
             FRAME_SIZE if frame and self.tiling["type"] == "anyres" else (image.height, image.width)
             for image, frame in zip(loaded, media.frames, strict=True)
         ]
         cuts = cut_images(self.tiling, sizes, in_company(self.tiling, rows))
-        expanded = _check_layout(layout or self.layout) == "expanded"
+        expanded = _check_layout(own["layout"] or self.layout) == "expanded"
         decision = (visual_token_budget, visual_rungs, rows)
         counts, rungs = self._counts_known_beforehand(cuts, *decision)
         undecided = expanded and bool(sources) and counts is None
@@ -254,7 +256,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         if texts is not None:
             placeholders = counts if expanded else None
             data |= encode_prompts(self.tokenizer, texts, media, placeholders, self.image_token, text_kwargs)
-            if return_mm_token_type_ids:
+            if own["return_mm_token_type_ids"] is not False:
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         offsets = data.pop("text_replacement_offsets", None)
         data |= seen
@@ -264,7 +266,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         output = BatchFeature(data, tensor_type=return_tensors)
         if sources and visual_token_budget is not None and "visual_rungs" not in output:
             output["visual_token_budget"] = visual_token_budget
-        if return_text_replacement_offsets and offsets is not None:
+        if own["return_text_replacement_offsets"] and offsets is not None:
             output["text_replacement_offsets"] = offsets
         return output
 
@@ -366,6 +368,18 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         if any(holds_video(message) for chat in chats for message in chat):
             special.add(VIDEO_TOKEN)  # elsewhere it is a word like any other
         return special | set(self.tokenizer.all_special_tokens)
+
+
+def _own_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    # taken out of a call's options, given flat or nested; `None` where they are not given
+    found = {}
+    for name, group in _OWN_OPTIONS.items():
+        nested = kwargs.get(group)
+        if nested and name in nested:
+            kwargs[group] = {key: value for key, value in nested.items() if key != name}
+            found[name] = nested[name]
+        found[name] = kwargs.pop(name, found.get(name))
+    return found
 
 
 def _check_layout(layout: str) -> str:

@@ -40,7 +40,7 @@ def normalise_messages(
     Args:
         messages: `{"role": ..., "content": ...}`, the content a string or a list of parts: `{"type": "text", "text":
             ...}`, `{"type": "image", "image" | "path" | "url" | "base64": ...}`, OpenAI's `image_url`, or
-            `{"type": "video", "video" | "path": ...}`.
+            `{"type": "video", "video" | "path" | "url": ...}`.
         control_tokens: What text parts must not write; `None` leaves text as it is.
 
     Raises:
@@ -62,7 +62,7 @@ def normalise_messages(
                     images += [] if image is None else [image]
                     parts.append({"type": "image"})
                 elif kind == "video":
-                    videos += [part[key] for key in ("video", "path") if part.get(key) is not None][:1]
+                    videos += [part[key] for key in ("video", "path", "url") if part.get(key) is not None][:1]
                     parts.append({"type": "video"})
                 elif kind == "text" and isinstance(part.get("text"), str):
                     text = part["text"] if control_tokens is None else as_plain_text(part["text"], control_tokens)

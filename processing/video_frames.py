@@ -81,11 +81,15 @@ def load_frames(source: Any, sampling: FrameSampling, *, index: int = 0) -> list
         index: Position of the video in the call, for the errors.
 
     Raises:
-        ValueError: No frames, a file that is no video, or a rate for frames that have none.
+        ValueError: No frames, a file that is no video, an address, or a rate for frames that have none.
         FileNotFoundError: No such file or folder.
         ImportError: A video file without PyAV.
     """
     name = f"Video {index}"
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{name} is a URL ({source:.80}), and videos are not fetched. Download it, and pass its path."
+        )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         name = f"{name} ({path})"

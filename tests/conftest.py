@@ -51,12 +51,12 @@ TINY_VARIANTS = {
 MODELS_HERE = [*PRESETS_HERE, "pre-fusion"]
 
 
-def tiny_vision_config(kind: str = "clip", image_size: int = 24):
+def tiny_vision_config(kind: str = "clip", image_size: int = 24, num_hidden_layers: int = 3):
     """A vision tower of three layers on 4-pixel patches: a 6x6 grid at 24 pixels."""
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 4,
         "image_size": image_size,
         "patch_size": 4,

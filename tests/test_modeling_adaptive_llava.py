@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -454,6 +455,66 @@ def test_image_features_equal_those_of_llava():
     mine = mine.pooler_output if hasattr(mine, "pooler_output") else mine
     for one, other in zip(mine, theirs, strict=True):
         assert largest(one - other) <= 1e-5
+
+
+def test_image_features_bring_the_tower_s_states_where_they_are_asked_for():
+    model, pixels = tiny_model("dfmr"), tiny_images(3)
+    model.set_attn_implementation("eager")
+    bare = model.get_image_features(pixels)
+    if isinstance(bare, list):
+        pytest.skip("transformers 4 returns the list of visual tokens alone")
+    assert bare.last_hidden_state.shape == (3, 37, 32)
+    assert bare.hidden_states is None and bare.attentions is None
+    whole = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in whole.hidden_states] == [(3, 37, 32)] * 4
+    assert [tuple(weights.shape) for weights in whole.attentions] == [(3, 4, 37, 37)] * 3
+    as_tuple = model.get_image_features(pixels, return_dict=False)
+    assert torch.equal(as_tuple[0], bare.last_hidden_state)
+    assert all(map(torch.equal, as_tuple[1], bare.pooler_output))
+
+
+def test_the_loss_is_taken_against_shifted_labels_where_they_are_given():
+    model = tiny_model("dfmr")
+    ids, mask = batch_rows(ROWS, "right")
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_images(5)}
+    labels = ids.masked_fill(mask == 0, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = model(**inputs, labels=labels).loss
+    other = torch.full_like(labels, 7)
+    assert largest(model(**inputs, labels=other, shift_labels=shifted).loss - expected) <= 1e-6
+    assert largest(model(**inputs, labels=other).loss - expected) > 1e-3
+
+
+def test_hidden_states_of_some_layers_leave_the_others_out():
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 gives all layers or none")
+    model, inputs = tiny_model("dfmr"), {"input_ids": torch.tensor([[5, IMG, 6]]), "pixel_values": tiny_images(1)}
+    whole = model(**inputs, output_hidden_states=True).hidden_states
+    some = model(**inputs, output_hidden_states=[0, 2]).hidden_states
+    assert some[1] is None
+    assert all(torch.equal(some[layer], whole[layer]) for layer in (0, 2))
+
+
+def test_a_tower_s_weight_that_a_checkpoint_lacks_is_drawn_as_its_class_does():
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 draws it in the wrapper of the tower, which our models do without")
+    model = AdaptiveLlavaForConditionalGeneration(tiny_model("llava").config)
+    missing = "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"
+    saved = {name: tensor for name, tensor in model.state_dict().items() if name != missing}
+    again = AdaptiveLlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=saved)
+    drawn = again.get_parameter(missing)
+    assert drawn.std().item() == pytest.approx((32 * 2 * 3) ** -0.5, rel=0.2)  # CLIP's; others have 0.02
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_every_weight_of_a_trained_tower_gets_a_gradient():
+    model = tiny_model("dfmr", vision_feature_layer=-2).train()
+    ids = torch.tensor([[5, IMG, 6]])
+    model(input_ids=ids, pixel_values=tiny_images(1), labels=ids).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.model.vision_tower.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    above = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert {name for name in gradients if "layers.2." in name or "post_layernorm" in name} <= above
 
 
 def test_only_the_positions_asked_for_are_scored():

@@ -767,3 +767,38 @@ def test_a_model_with_untrained_parts_says_so_when_it_generates(caplog):
     model.config.compressor_trained = True
     model.generate(**inputs, max_new_tokens=1)
     assert "was never trained" not in caplog.text
+
+
+@pytest.mark.parametrize("preset", ["dfmr", "pre-fusion"])
+def test_embeddings_of_a_prompt_with_images_generate_what_its_ids_do(preset):
+    model, pixels = tiny_model(preset), tiny_images(4)
+    ids, mask = batch_rows(ROWS, "left")
+    inputs = {"attention_mask": mask, "pixel_values": pixels, "max_new_tokens": NEW}
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **inputs)
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **inputs), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs), expected[:, ids.shape[1] :])
+    changed = model.generate(ids, inputs_embeds=embeds.flip(-1).where((ids != IMG).unsqueeze(-1), embeds), **inputs)
+    assert not torch.equal(changed, expected)
+    with pytest.raises(ValueError, match="`inputs_embeds` has shape .* With images, pass embeddings of exactly these"):
+        model.generate(ids, inputs_embeds=embeds[:, 1:], **inputs)
+
+
+def test_processors_see_new_ids_alone_where_a_prompt_is_embeddings():
+    model, seen = tiny_model("dfmr"), []
+
+    def look(ids, scores):
+        seen.append(ids.clone())
+        return scores
+
+    ids = torch.tensor([[5, IMG, 6]])
+    embeds = model.get_input_embeddings()(ids)
+    options = {"pixel_values": tiny_images(1), "max_new_tokens": 3}
+    output = model.generate(inputs_embeds=embeds, logits_processor=[look], **options)
+    assert [row.shape[1] for row in seen] == [0, 1, 2]
+    assert torch.equal(seen[-1], output[:, :2])
+    # ids that nobody knows are no repetition
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, repetition_penalty=5.0, **(options | {"max_new_tokens": 1})),
+        output[:, :1],
+    )

@@ -97,6 +97,33 @@ def test_a_chat_shows_a_video_where_its_part_stands():
     assert 7 in said and IMAGE_TOKEN not in said and 5 not in said
 
 
+def test_a_video_named_by_url_is_read_from_the_disk_and_not_fetched(tmp_path):
+    processor = processor_of(tiny_model("dfmr"), chat_template="chatml")
+    for number in range(2):
+        clip(2)[number].save(tmp_path / f"{number}.png")
+    for url, wanted in ((str(tmp_path), 2), ("https://host/film.mp4", None)):
+        chat = [{"role": "user", "content": [{"type": "video", "url": url}]}]
+        if wanted is None:
+            with pytest.raises(ValueError, match="Video 0 is a URL .* and videos are not fetched"):
+                processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        else:
+            inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+            assert inputs["pixel_values"].shape[0] == wanted
+
+
+def test_options_of_a_call_may_be_nested_in_their_group():
+    processor = processor_of(tiny_model("dfmr"))
+    nested = processor(
+        text="w5 <video>", videos=[clip(3)], videos_kwargs={"num_frames": 2},
+        text_kwargs={"return_mm_token_type_ids": False}, return_tensors="pt",
+    )  # fmt: skip
+    flat = processor(
+        text="w5 <video>", videos=[clip(3)], num_frames=2, return_mm_token_type_ids=False, return_tensors="pt"
+    )
+    assert sorted(nested) == sorted(flat) == ["attention_mask", "image_sizes", "input_ids", "pixel_values"]
+    assert torch.equal(nested["pixel_values"], flat["pixel_values"]) and len(flat["pixel_values"]) == 2
+
+
 def test_the_word_video_is_text_where_no_video_is_given():
     processor = processor_of(tiny_model("dfmr"))
     assert processor(text="w5 <video> w6")["input_ids"] == [processor.tokenizer("w5 <video> w6")["input_ids"]]
