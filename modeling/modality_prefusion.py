@@ -27,7 +27,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from .compressor_base import Compressor
 from .encoded_images import EncodedBatch
-from .placeholder_layout import holds_segments, segment_starts
+from .placeholder_layout import prompt_starts
 
 
 VARIANTS = ("released", "paper")
@@ -123,10 +123,7 @@ def build_prefusion_rows(
     if not batch.compact:  # an image stands where its first token does
         lengths = torch.tensor(encoded.lengths, dtype=torch.long)
         places = places[lengths.cumsum(0) - lengths]
-    prompt = torch.arange(ids.shape[0]).unsqueeze(1) * ids.shape[1]
-    if batch.attention_mask is None and holds_segments(batch.position_ids):
-        prompt = prompt + segment_starts(batch.position_ids)
-    prompt = prompt.expand_as(ids).flatten().contiguous()
+    prompt = prompt_starts(ids.shape, batch.attention_mask, batch.position_ids).flatten().contiguous()
     kept = attended.flatten()[places]
     keys, row_of_image = torch.unique_consecutive(prompt[places[kept]], return_inverse=True)
     if len(keys) == 0:

@@ -26,7 +26,7 @@ from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
 from .modality_prefusion import PrefusionRows, build_prefusion_rows
 from .placeholder_generation import PlaceholderGenerationMixin
-from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments
+from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments, prompt_starts
 from .projector import AdaptiveLlavaProjector
 from .view_arrangement import join_mosaic, split_views
 from .view_geometry import image_costs
@@ -202,6 +202,13 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing to do: `save_pretrained` writes the code and `auto_map` itself."""
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(*args, **kwargs)
+        # 4.57 passes over configs with this mark, and takes it only from those the main config names, not pre-fusion's
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_attn_was_changed", None)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.get_decoder().get_input_embeddings()
 
@@ -355,7 +362,9 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         ids, mask, positions, instruction, router_rungs, scores = to_host(
             input_ids, attention_mask, position_ids, instruction_mask, routing.rungs, routing.scores
         )
-        per_prompt = (ids == self.config.image_token_id).sum(1).tolist()
+        prompts, prompt_of_id = prompt_starts(ids.shape, mask, positions).unique(return_inverse=True)
+        per_image = prompt_of_id[ids == self.config.image_token_id]
+        per_prompt = per_image.bincount(minlength=len(prompts)).tolist()
         rungs = self._rungs(
             features,
             Routing(router_rungs, scores),

@@ -9,6 +9,7 @@ prompt, and new ids are embedded as ever.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -111,8 +112,17 @@ class PlaceholderGenerationMixin(GenerationMixin):
             Prompt + new ids, `(B * num_return_sequences, L + new)`. With `return_dict_in_generate`, the output also
             carries `num_visual_tokens`, `visual_rungs` and `visual_router_scores`; its cache, attentions and hidden
             states are those of the expanded rows.
+
+        Raises:
+            ValueError: Images and placeholders disagree, a budget or length does not fit, or `assistant_early_exit`.
         """
         input_ids = inputs if input_ids is None else input_ids
+        if kwargs.get("assistant_early_exit") is not None:
+            raise ValueError(
+                f"`assistant_early_exit={kwargs['assistant_early_exit']!r}` leaves the layers of a model early, which "
+                "transformers cannot do where the language model is a part of it. Pass `assistant_model` or "
+                "`prompt_lookup_num_tokens`."
+            )
         config = generation_config if generation_config is not None else self.generation_config
         kwargs.pop("mm_token_type_ids", None)
         if "tokenizer" in kwargs:  # for stop strings; `transformers serve` hands the processor over
@@ -221,6 +231,24 @@ class PlaceholderGenerationMixin(GenerationMixin):
         for name, value in encoded.counts().items():
             output[name] = value
         return output
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching of prompts without images; arguments and results as in transformers 5.
+
+        Raises:
+            ValueError: A prompt has placeholders, or transformers is older.
+        """
+        rows = [row for row, ids in enumerate(inputs) if self.config.image_token_id in ids]
+        if rows:
+            raise ValueError(
+                f"Rows {rows} of `inputs` have image placeholders, and continuous batching (`generate_batch`, or "
+                "`cache_implementation='paged'`) hands over ids alone: the images would be missing. Use `generate`."
+            )
+        if "continuous_batching_config" not in inspect.signature(super().generate_batch).parameters:
+            raise ValueError(
+                "Continuous batching of a model that holds a language model needs transformers 5. Use `generate`."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

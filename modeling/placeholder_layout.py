@@ -174,6 +174,19 @@ def _without_edges(attended: Tensor) -> Tensor:
     return after_first & before_last
 
 
+def prompt_starts(shape: torch.Size, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """Place of the first id of each id's prompt among all ids, `(B, L)`: a row's, or that of a segment in packed rows.
+
+    Args:
+        shape: Of the ids, `(B, L)`.
+        attention_mask: As for `build_layout`.
+        position_ids: As for `build_layout`.
+    """
+    rows = (torch.arange(shape[0]).unsqueeze(1) * shape[1]).expand(shape)
+    packed = attention_mask is None and holds_segments(position_ids)
+    return rows + segment_starts(position_ids) if packed else rows
+
+
 def segment_starts(position_ids: Tensor) -> Tensor:
     """Column of the first id of each id's segment, `(B, L)`."""
     columns = torch.arange(position_ids.shape[1]).expand_as(position_ids)

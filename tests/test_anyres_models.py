@@ -244,22 +244,6 @@ def test_views_of_a_sequence_keep_their_own_rungs_and_those_of_a_map_share_the_l
 
 
 @every_layout
-@both_sides
-def test_compact_and_expanded_rows_give_the_same_logits(layout, side):
-    model = tiled_model(layout)
-    inputs, _ = tiles_for(model)
-    ids, mask = batch_rows(SEVERAL, side)
-    compact = model(input_ids=ids, attention_mask=mask, **inputs)
-    counts = compact.num_visual_tokens.tolist()
-    wide_ids, wide_mask = batch_rows(expand(SEVERAL, counts), side)
-    wide = model(input_ids=wide_ids, attention_mask=wide_mask, visual_rungs=compact.visual_rungs, **inputs)
-    left = iter(counts)
-    for row, slots in enumerate(last_slots(row, left) for row in SEVERAL):
-        aligned = wide.logits[row][wide_mask[row].bool()][slots]
-        assert (compact.logits[row][mask[row].bool()] - aligned).abs().max() <= 1e-5
-
-
-@every_layout
 def test_budgets_are_kept_newlines_included(layout):
     model = tiled_model(layout)
     inputs, images = tiles_for(model)

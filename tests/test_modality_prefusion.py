@@ -385,8 +385,9 @@ def test_layers_follow_the_language_models_attention_and_have_no_window():
     decoder = model.model.modality_prefusion.decoder
     with torch.no_grad():
         sdpa = model(**inputs).logits
-        model.set_attn_implementation("eager")
-        assert decoder.config._attn_implementation == "eager"
+        for attention in ("eager", "sdpa", "eager"):  # 4.57 on its own stops after the first
+            model.set_attn_implementation(attention)
+            assert decoder.config._attn_implementation == attention
         assert largest(model(**inputs).logits - sdpa) <= 5e-5
     text = kind_of_text_config("qwen2", use_sliding_window=True, sliding_window=2, max_window_layers=1)
     assert "sliding_attention" in text.layer_types

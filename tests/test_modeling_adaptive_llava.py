@@ -79,35 +79,6 @@ def largest(difference: torch.Tensor) -> float:
     return difference.abs().max().item()
 
 
-@every_preset
-@both_sides
-def test_logits_of_a_row_do_not_depend_on_its_companions(preset, side):
-    model, pixels = tiny_model(preset), tiny_images(5)
-    ids, mask = batch_rows(ROWS, side)
-    together = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
-    assert together.logits.shape == (*ids.shape, 100)
-    if preset == "dfmr":
-        assert len(set(together.num_visual_tokens.tolist())) > 1  # else nothing is ragged here
-    for row in range(len(ROWS)):
-        assert largest(together.logits[row][mask[row].bool()] - row_alone(model, row, pixels)) <= 1e-4
-
-
-@every_preset
-@both_sides
-def test_compact_and_expanded_rows_give_the_same_logits(preset, side):
-    model, pixels = tiny_model(preset), tiny_images(5)
-    ids, mask = batch_rows(ROWS, side)
-    compact = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
-    lengths = compact.num_visual_tokens.tolist()
-    wide_ids, wide_mask = batch_rows(expand(ROWS, lengths), side)
-    wide = model(input_ids=wide_ids, attention_mask=wide_mask, pixel_values=pixels, visual_rungs=compact.visual_rungs)
-    assert wide.num_visual_tokens.tolist() == lengths
-    for row, images in enumerate(IMAGES_OF_ROW):
-        slots = last_slots(ROWS[row], [lengths[image] for image in images])
-        aligned = wide.logits[row][wide_mask[row].bool()][slots]
-        assert largest(compact.logits[row][mask[row].bool()] - aligned) <= 1e-5
-
-
 @pytest.mark.parametrize("text", ["qwen2", "llama"])
 @both_sides
 def test_identity_equals_llava_with_the_same_weights(text, side):
@@ -149,31 +120,11 @@ def test_rows_need_no_mask_where_nothing_is_padded(preset):
     assert largest(without.logits[:1] - first.logits) <= 1e-4
 
 
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int32])
-def test_a_mask_of_any_number_type_is_read_alike(kind):
-    model, pixels = tiny_model("dfmr"), tiny_images(5)
-    ids, mask = batch_rows(ROWS, "left")
-    expected = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-    assert torch.equal(model(input_ids=ids, attention_mask=mask.to(kind), pixel_values=pixels).logits, expected)
-
-
 def packed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """One row that holds all rows, with positions that start again."""
     return torch.tensor([[token for row in rows for token in row]]), torch.tensor(
         [[p for row in rows for p in range(len(row))]]
     )
-
-
-@every_preset
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_equal_separate_rows(preset, attention):
-    model, pixels = tiny_model(preset), tiny_images(5)
-    model.set_attn_implementation(attention)
-    ids, positions = packed(ROWS)
-    logits = model(input_ids=ids, position_ids=positions, pixel_values=pixels).logits[0]
-    pieces = logits.split([len(row) for row in ROWS])
-    for row, piece in enumerate(pieces):
-        assert largest(piece - row_alone(model, row, pixels)) <= 1e-4
 
 
 def test_packed_rows_of_several_lengths_in_one_batch_equal_separate_rows():
@@ -317,6 +268,16 @@ def test_a_budget_or_replay_is_kept_to_the_token(arguments, counts):
         pixels, **arguments, **({"images_per_prompt": [1, 2, 0, 1, 1]} if counts is None else {})
     )
     assert list(encoded.lengths) == found
+
+
+def test_a_total_is_kept_by_each_prompt_of_packed_rows():
+    model, pixels = tiny_model("dfmr"), tiny_images(5)
+    ids, positions = packed(ROWS)
+    budget = {"visual_token_budget": {"total": 18}}
+    output = model(input_ids=ids, position_ids=positions, pixel_values=pixels, **budget)
+    assert output.num_visual_tokens.tolist() == [9, 9, 9, 9, 9]
+    with pytest.raises(ValueError, match=r"smallest cost of prompt 1: 8 tokens for 2 images"):
+        model(input_ids=ids, position_ids=positions, pixel_values=pixels, visual_token_budget={"total": 7})
 
 
 def test_a_ceiling_bounds_the_routers_own_choice():
