@@ -22,7 +22,7 @@ other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/p
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
 .PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms matrix
-.PHONY: suites test-suites style check clean
+.PHONY: suites test-suites hostile style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
@@ -72,6 +72,10 @@ suites: $(ENVIRONMENT)/installed $(ENVIRONMENT_4)/installed
 ## The same on three presets, in about two minutes.
 test-suites: $(ENVIRONMENT)/installed
 	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python -m tests.suites.run --presets llava dfmr llava-mini
+
+## Ten times the cases of hostile input that a test run takes, each anew; writes results/hostile_cases.json.
+hostile: $(ENVIRONMENT)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT)/bin/python -m tests.hostile_cases
 
 ## Rewrite the code in the project's style.
 style: $(ENVIRONMENT)/installed

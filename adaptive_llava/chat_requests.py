@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from adaptive_llava.image_bytes import MAX_BYTES, check_byte_count, check_image_count, read_image_bytes
+from adaptive_llava.processing.prompt_encoding import check_encodable
 
 
 # What the server acts on, and what asks for nothing: names for the caller's own books, and usage, which always comes.
@@ -108,7 +109,7 @@ def read_data_url(url: Any, index: int = 0) -> Image.Image:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+    if not isinstance(message, Mapping) or message.get("role") not in tuple(ROLES):
         role = message.get("role") if isinstance(message, Mapping) else message
         raise ValueError(f"A message has the role {str(role)[:80]!r}. Use one of: {', '.join(ROLES)}.")
     content = message.get("content")
@@ -124,6 +125,7 @@ def _message(message: Any) -> dict[str, Any]:
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else part
     if kind == "text" and isinstance(part.get("text"), str):
+        check_encodable(part["text"], "A message's text")
         return {"type": "text", "text": part["text"]}
     if kind == "image_url":
         address = part.get("image_url")

@@ -49,7 +49,9 @@ def read_image_bytes(content: bytes, index: int = 0) -> Image.Image:
             width, height = header.size
             frames = getattr(header, "n_frames", 1)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is too large: {error}. At most {MAX_PIXELS:,} pixels are taken.") from error
+        raise ValueError(
+            f"{name} is too large: {error} At most {MAX_PIXELS:,} pixels are taken. Scale it down."
+        ) from error
     except _BROKEN as error:
         raise ValueError(
             f"{name} is no {', '.join(FORMATS)} that can be read. Convert it, and send it again."

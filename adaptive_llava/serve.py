@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import transformers
 
+from adaptive_llava.training.finite_training import spoiled_tensor
 from adaptive_llava.training.freeze_budget import check_model_folder
 
 
@@ -65,7 +66,7 @@ def load(folder: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, An
         dtype: Name of a floating-point type of torch, or `"auto"`.
 
     Raises:
-        ValueError: `dtype` is no such name.
+        ValueError: `dtype` is no such name, or a weight is not finite.
     """
     from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 
@@ -74,7 +75,13 @@ def load(folder: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, An
         raise ValueError(
             f"`dtype={dtype!r}` is no floating-point type of torch. Pass 'auto', 'bfloat16' or 'float16'."
         )
-    model = AdaptiveLlavaForConditionalGeneration.from_pretrained(folder, dtype=kind, use_safetensors=True)
+    model = AdaptiveLlavaForConditionalGeneration.from_pretrained(folder, dtype=kind)
+    spoiled = spoiled_tensor(model.named_parameters())
+    if spoiled is not None:
+        raise ValueError(
+            f"`{folder}` holds NaN or infinite numbers in `{spoiled}`, also possible for `dtype={dtype!r}` if it is "
+            "narrower than the stored one. Take an earlier checkpoint, or pass `--dtype auto`."
+        )
     return model.to(device).eval(), AdaptiveLlavaProcessor.from_pretrained(folder)
 
 

@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from adaptive_llava.hub_cards.code_manifest import differing_files
+from adaptive_llava.modeling.checkpoint_trust import INDEX, read_index
 from adaptive_llava.modeling.code_files import AUTO_MAP, MANIFEST_NAME, auto_map, copy_code
 from adaptive_llava.modeling.configuration_adaptive_llava import AdaptiveLlavaConfig
+from adaptive_llava.training.finite_training import spoiled_tensor
 
 
 CONFIG, PROCESSOR, ADAPTER, CARD = "config.json", "processor_config.json", "adapter_config.json", "README.md"
-INDEX = "model.safetensors.index.json"
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 RESULT_FILES = ("results.json", "*_results.json", "evaluation*.json")
@@ -160,7 +161,7 @@ def untrained_card(card: str) -> str:
 
 
 def _check_weights(folder: Path, plan: UploadPlan) -> None:
-    """Refuse weights that are absent, pickled, cut off, or shards of which some are missing."""
+    """Refuse weights that are absent, pickled, cut off or not finite, or shards of which some are missing."""
     weights = [name for name in plan.files if name.endswith(".safetensors")]
     pickled = [name for name in plan.left_out if any(fnmatch(name, pattern) for pattern in _PICKLED_WEIGHTS)]
     if not weights:
@@ -176,7 +177,7 @@ def _check_weights(folder: Path, plan: UploadPlan) -> None:
                 f"{folder} holds model.safetensors and shards, and loading would take the former. Remove the ones "
                 "that are not meant."
             )
-        shards = set(json.loads(plan.files[INDEX].read_text())["weight_map"].values())
+        shards = set(read_index(plan.files[INDEX]).values())
         missing = sorted(shards - set(weights))
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Save the model again.")
@@ -188,9 +189,14 @@ def _check_weights(folder: Path, plan: UploadPlan) -> None:
     for name in [name for name in weights if name in plan.files]:
         try:
             with safe_open(str(folder / name), "pt") as file:
-                file.keys()
+                spoiled = spoiled_tensor((tensor, file.get_tensor(tensor)) for tensor in file.keys())
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is broken ({error}). Save the model again.") from error
+        if spoiled is not None:
+            raise ValueError(
+                f"{folder / name} holds NaN or infinite numbers in `{spoiled}`, and its answers would be none. Take "
+                "an earlier checkpoint, or train again with a smaller learning rate."
+            )
 
 
 def _check_config(folder: Path) -> AdaptiveLlavaConfig:

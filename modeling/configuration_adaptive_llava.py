@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
+from .checkpoint_trust import check_stored_choices
 from .code_files import auto_map, copy_code
 from .compressor_base import Compressor
 from .compressor_registry import COMPRESSORS
@@ -50,6 +52,8 @@ FORMAT = 1
 getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})["adaptive_llava"] = (
     "AdaptiveLlavaForConditionalGeneration"
 )
+
+_MOST = 2**20  # channels, or patches a side
 
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",
@@ -125,16 +129,20 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         adaptive_llava_format: int = FORMAT,
         **kwargs: Any,
     ):
+        if _is_whole(adaptive_llava_format, -math.inf, 0):
+            raise ValueError(
+                f"`adaptive_llava_format={adaptive_llava_format}` must be a whole number from 1 to {FORMAT}."
+            )
         if not isinstance(adaptive_llava_format, int) or adaptive_llava_format > FORMAT:
             raise ValueError(
                 f"`adaptive_llava_format={adaptive_llava_format!r}` is newer than this code understands ({FORMAT}). "
                 f"Install a release of adaptive-llava that reads format {adaptive_llava_format}, or load with "
                 "`trust_remote_code=True` to use the code in the repository."
             )
-        self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
-        self.text_config = _sub_config(text_config, {"model_type": "llama"})
-        self.compressor = dict(compressor) if isinstance(compressor, Mapping) else compressor or {"type": "identity"}
-        self.router = dict(router) if isinstance(router, Mapping) else router or {"type": "fixed"}
+        self.vision_config = _sub_config("vision_config", vision_config, _DEFAULT_VISION)
+        self.text_config = _sub_config("text_config", text_config, {"model_type": "llama"})
+        self.compressor = _own_options(compressor, "identity")
+        self.router = _own_options(router, "fixed")
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.fusion_blocks: Any = fusion_blocks
@@ -142,7 +150,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.prefusion_layers = prefusion_layers
         self.prefusion_variant = prefusion_variant
         self.prefusion_padding = prefusion_padding
-        self.tiling = dict(tiling) if isinstance(tiling, Mapping) else tiling or {"type": "none"}
+        self.tiling = _own_options(tiling, "none")
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
         self.vision_feature_dim = vision_feature_dim
@@ -155,9 +163,17 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         self.check_options()
         # 4.57 reads the tie from the text config, 5.x from the top
         tied = kwargs.pop("tie_word_embeddings", None)
-        tied = bool(getattr(self.text_config, "tie_word_embeddings", False)) if tied is None else bool(tied)
+        tied = (getattr(self.text_config, "tie_word_embeddings", None) or False) if tied is None else tied
+        if not isinstance(tied, bool):
+            raise ValueError(f"`tie_word_embeddings={tied!r}` must be true or false.")
         self.text_config.tie_word_embeddings = tied
-        super().__init__(tie_word_embeddings=tied, **kwargs)
+        try:
+            super().__init__(tie_word_embeddings=tied, **kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"One of `{', '.join(sorted(kwargs))}` has a value that transformers cannot take: {error}. Check "
+                "these entries of the config."
+            ) from error
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> AdaptiveLlavaConfig:
@@ -169,7 +185,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         fields = preset_options(preset) | fields
         router = fields["router"]
         if isinstance(router, Mapping) and router.get("type") == "classifier" and "features" not in router:
-            tower = _sub_config(fields.get("vision_config"), _DEFAULT_VISION)
+            tower = _sub_config("vision_config", fields.get("vision_config"), _DEFAULT_VISION)
             fields["router"] = {**router, "features": "cls" if has_class_token(tower) else "mean"}
         return cls(**fields)
 
@@ -188,6 +204,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
                 "which measures them."
             )
         self._check_numbers()
+        self._check_records()
         self._check_feature_layer()
         self._check_language_model()
         self._check_fusion()
@@ -198,7 +215,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         check_prefusion(
             self.prefusion_layers, self.prefusion_variant, self.prefusion_padding, self.text_config, compressor
         )
-        if not compressor.projects and self.projector_hidden_act not in ACT2FN:
+        if not compressor.projects and self.projector_hidden_act not in tuple(ACT2FN):
             raise ValueError(
                 f"`projector_hidden_act={self.projector_hidden_act!r}` is unknown. Pass one of: "
                 f"{', '.join(sorted(ACT2FN))}."
@@ -264,15 +281,34 @@ class AdaptiveLlavaConfig(PretrainedConfig):
 
     def _check_numbers(self) -> None:
         grid, width = self.vision_grid, self.vision_feature_dim
-        if not isinstance(grid, (list, tuple)) or len(grid) != 2 or not all(_is_whole(n, 1) for n in (*grid, width)):
+        listed = isinstance(grid, (list, tuple)) and len(grid) == 2
+        if not listed or not all(_is_whole(n, 1, _MOST) for n in (*grid, width)):
             raise ValueError(
-                f"`vision_grid={grid!r}` and `vision_feature_dim={width!r}` must be whole numbers >= 1: patches per "
-                "side, [height, width], and channels of one hidden state. Use a tower whose images hold a patch."
+                f"`vision_grid={grid!r}` and `vision_feature_dim={width!r}` must be whole numbers >= 1, up to "
+                f"{_MOST:,}: patches per side, [height, width], and channels of one hidden state. Use a tower whose "
+                "images hold a patch."
             )
+        for part in self.sub_configs:
+            depth = getattr(getattr(self, part), "num_hidden_layers", None)
+            if depth is not None and not _is_whole(depth, 0):
+                raise ValueError(f"`{part}.num_hidden_layers={depth!r}` must be a whole number of layers.")
         if not _is_whole(self.image_token_id, 0):
             raise ValueError(
                 f"`image_token_id={self.image_token_id!r}` must be a whole number >= 0: the tokenizer's id of <image>."
             )
+
+    def _check_records(self) -> None:
+        """Refuse values of a wrong type, which would be taken for true or written into the next checkpoint."""
+        kinds: dict[str, tuple[tuple[type, ...], str]] = {
+            "multimodal_projector_bias": ((bool,), "true or false"),
+            "compressor_trained": ((bool,), "true or false"),
+            "calibration": ((dict, type(None)), "a dict, or None"),
+            "router_training": ((dict, type(None)), "a dict, or None"),
+            "code_repository": ((str, type(None)), "the Hub id of a repository, or None"),
+        }
+        for name, (types, wanted) in kinds.items():
+            if not isinstance(getattr(self, name), types):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be {wanted}.")
 
     def _check_feature_layer(self) -> None:
         layer, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
@@ -285,7 +321,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         if depth and vision_geometry(self.vision_config) and not all(-depth - 1 <= index <= depth for index in layers):
             raise ValueError(
                 f"`vision_feature_layer={layer!r}` is not there: this tower of {depth} layers has hidden states 0 to "
-                f"{depth}, or -1 to -{depth + 1} from the end."
+                f"{depth}, or -1 to -{depth + 1} from the end. Choose one of these."
             )
 
     def _check_language_model(self) -> None:
@@ -295,6 +331,8 @@ class AdaptiveLlavaConfig(PretrainedConfig):
             reason = "has an encoder, which no visual token would reach"
         elif width is None or text.get_text_config() is not text:
             reason = "describes several models, and not a language model alone"
+        elif not _is_whole(width, 1, _MOST):
+            reason = f"has layers of width {width!r}"
         elif not hasattr(text, "num_attention_heads"):
             reason = "has no attention, and so no key-value cache to generate with"
         elif getattr(text, "word_embed_proj_dim", width) != width:
@@ -338,6 +376,25 @@ class AdaptiveLlavaConfig(PretrainedConfig):
                 f"{layers}, or -1 to -{layers + 1} from the end."
             )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        refusal = (
+            f"`{pretrained_model_name_or_path}` has a config.json that holds no JSON object. Save the model again."
+        )
+        try:
+            found = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(refusal) from error
+        if not isinstance(found[0], dict):
+            raise ValueError(refusal)
+        return found
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for name in ("", *cls.sub_configs):
+            check_stored_choices(config_dict.get(name) if name else config_dict, name or "config.json")
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["auto_map"] = auto_map(self.code_repository)
@@ -364,15 +421,30 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _sub_config(value: PretrainedConfig | Mapping[str, Any] | None, default: dict[str, Any]) -> PretrainedConfig:
+def _sub_config(name: str, value: Any, default: dict[str, Any]) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"`{name}={value!r}` must be a config of transformers, or a dict of its fields.")
     options = dict(default) if value is None else {"model_type": default["model_type"], **value}
-    return AutoConfig.for_model(**options)
+    try:
+        return AutoConfig.for_model(**options)
+    except Exception as error:  # every config checks its fields in a way of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`{name}` of type {options['model_type']!r} cannot be read: {reason:.400}. Use the fields of a config "
+            "that this release of transformers knows."
+        ) from error
 
 
-def _is_whole(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+def _own_options(value: Any, default: str) -> Any:
+    if value is None:
+        return {"type": default}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _is_whole(value: Any, minimum: float, maximum: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _add_legacy_rope(config: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from .placeholder_layout import prompt_starts
 
 VARIANTS = ("released", "paper")
 PADDINGS = ("attention_mask", "released")
+MOST_LAYERS = 1000
 
 # Their models are embeddings, layers and a norm, and nothing else touches the hidden states (Gemma scales them).
 LANGUAGE_MODELS = ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
@@ -155,8 +156,10 @@ def check_prefusion(
         ValueError: Not a number of layers, an unknown variant or padding rule, a language model whose layers cannot
             stand alone, or a compressor without a projector that takes patches.
     """
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
-        raise ValueError(f"`prefusion_layers={layers!r}` must be a whole number of layers; 0 is none.")
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
+        raise ValueError(
+            f"`prefusion_layers={layers!r}` must be a whole number of layers, up to {MOST_LAYERS}; 0 is none."
+        )
     for name, value, known in (("variant", variant, VARIANTS), ("padding", padding, PADDINGS)):
         if value not in known:
             raise ValueError(f"`prefusion_{name}={value!r}` is unknown. Pass one of: {', '.join(known)}.")

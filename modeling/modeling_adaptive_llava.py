@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
+from .checkpoint_trust import check_stored_weights
 from .code_files import copy_code
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
@@ -132,17 +134,30 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint that lacks weights of the projector, compressor or router is refused.
 
+        Weights are read from safetensors alone, unless `use_safetensors=False` asks for more.
+
         Raises:
-            ValueError: Weights of these parts are missing or have another shape; they are named.
+            ValueError: Weights of these parts are missing or have another shape; they are named. Or the weights are a
+                pickle, are damaged, or stand outside of the folder.
         """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+            check_stored_weights(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{args[0] if args else 'The checkpoint'}` has weights that are no safetensors, or are damaged: "
+                f"{error}. Download it again, or save it again with `save_pretrained`."
+            ) from error
         except RuntimeError as error:
-            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            known = ("size mismatch", "ignore_mismatched_sizes", "loading state_dict")
+            if not any(part in str(error) for part in known):
                 raise
             raise ValueError(
-                f"The checkpoint's tensors do not fit its config: {error}\nIf the compressor or its options were "
-                "changed, start from the original model with `from_llava(..., preset=...)` instead."
+                f"The checkpoint's tensors do not fit its config: {error}\nUse the config it was saved with. If the "
+                "compressor or its options were changed, start from the original model with "
+                "`from_llava(..., preset=...)` instead."
             ) from error
         model.base_model.router.requires_grad_(False)  # as built: transformers makes every loaded weight trainable
         missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in OWN_PARTS))
@@ -152,6 +167,8 @@ class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
                 "from another architecture, or incompletely. Save it again, or build the model with `from_llava` or "
                 "`from_backbones`, which initialise new parts."
             )
+        if any(f"{part}." in str(key) for key in info["mismatched_keys"] for part in OWN_PARTS if part != "router"):
+            model.config.compressor_trained = False  # the caller had them start anew: `ignore_mismatched_sizes=True`
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -225,7 +242,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
 
     def __init__(self, config: AdaptiveLlavaConfig):
         super().__init__(config)
-        tower = AutoModel.from_config(config.vision_config)
+        # never the code that a backbone's config may ask for
+        tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.vision_tower = unwrap_tower(tower)
         self.multi_block_fusion = config.build_fusion()
         self.compressor = config.build_compressor()
@@ -233,7 +251,7 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         self.multi_modal_projector = AdaptiveLlavaProjector.from_config(config, self.compressor)
         self.view_arrangement = config.build_arrangement()
         self.modality_prefusion = config.build_prefusion()
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
         # last, since `post_init` adds names; only of classes that occur: CLIP's tower also names those of its text
         # model, for which FSDP would look in vain
@@ -519,6 +537,13 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         text = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            (rows_there, slots), (rows_given, length) = attention_mask.shape, text.shape[:2]
+            if rows_there != rows_given or slots < length:
+                raise ValueError(
+                    f"`attention_mask` covers {rows_there} rows of {slots} slots for {rows_given} rows of {length} "
+                    "ids. Pass one row of the mask per row of ids, as long as these, or with cached slots before them."
+                )
         layout, encoded, host_positions = None, None, position_ids
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None  # a share of a batch that got no images
@@ -824,6 +849,11 @@ class AdaptiveLlavaForConditionalGeneration(
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"`labels` have shape {tuple(labels.shape)} for scores of shape {tuple(logits.shape[:2])}. Pass "
+                    "one label per id, and leave out `logits_to_keep`."
+                )
             labels, shift_labels = (
                 None if targets is None else targets.masked_fill(targets == self.config.image_token_id, -100)
                 for targets in (labels, shift_labels)

@@ -27,7 +27,7 @@ def build_part(kind: str, table: Mapping[str, type[Part]], options: Mapping[str,
     if not isinstance(options, Mapping) or "type" not in options:
         raise ValueError(f"`{kind}={options!r}` must be a dict with a 'type': one of {', '.join(sorted(table))}.")
     name = options["type"]
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"`{kind}.type={name!r}` is unknown. Known types: {', '.join(sorted(table))}.")
     known = option_names(table[name])
     unknown = sorted(set(options) - set(known) - {"type"})
@@ -36,7 +36,13 @@ def build_part(kind: str, table: Mapping[str, type[Part]], options: Mapping[str,
             f"`{kind}` of type {name!r} has no option {', '.join(map(repr, unknown))}. "
             f"Known options: {', '.join(known) or 'none'}."
         )
-    return table[name](*arguments, **{key: value for key, value in options.items() if key != "type"})
+    try:
+        return table[name](*arguments, **{key: value for key, value in options.items() if key != "type"})
+    except (TypeError, OverflowError, RuntimeError) as error:  # torch's own, of sizes beyond what a tensor can have
+        raise ValueError(
+            f"`{kind}={dict(options)!r}` cannot be built: {str(error).splitlines()[0]}. Check the types and sizes of "
+            "its options, and the widths in `vision_config` and `text_config`."
+        ) from error
 
 
 def option_names(part_class: type[nn.Module]) -> list[str]:

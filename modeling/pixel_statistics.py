@@ -86,4 +86,6 @@ def pixel_routing(
     steps = pixel_steps(pixels)
     columns = [pixel_spread(steps, (grid[0], grid[1]), window).astype(np.float32) for window in windows]
     rungs = rungs_at(np.stack(columns, axis=1), thresholds)
-    return rungs.tolist(), (sum(columns) / len(columns)).tolist()
+    with np.errstate(over="ignore"):
+        scores = sum(columns) / len(columns)
+    return rungs.tolist(), np.where(np.isfinite(scores), scores, np.finfo(np.float32).max).tolist()

@@ -23,6 +23,8 @@ _PAPER_THRESHOLD = 0.05
 class WindowSpreadRouter(Router):
     """Choose the lowest rung whose windows are even enough, else the top one.
 
+    A view whose features are not finite gets the most tokens, and the highest score there is.
+
     A subclass says what is measured in `spreads`. Thresholds are in its units: calibrate them on your own images with
     `python -m adaptive_llava calibrate`.
 
@@ -92,8 +94,9 @@ class WindowSpreadRouter(Router):
     def forward(self, features: VisionFeatures) -> Routing:
         spread = self.window_spread(features)
         # added one by one: the same bits on every device, and in the processor
-        total = sum(spread.unbind(1), spread.new_zeros(spread.shape[0]))
-        return Routing(self.rungs_of(spread), total / max(len(self.windows), 1))
+        scores = sum(spread.unbind(1), spread.new_zeros(spread.shape[0])) / max(len(self.windows), 1)
+        largest = torch.finfo(scores.dtype).max
+        return Routing(self.rungs_of(spread), scores.where(scores.isfinite(), largest))
 
     def rungs_of(self, spread: Tensor) -> Tensor:
         """Lowest rung whose threshold the spread keeps, else the top: `(V, num_rungs - 1)` -> `(V,)`."""

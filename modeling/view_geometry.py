@@ -27,6 +27,8 @@ _OPTIONS = {
 }
 
 
+_MOST_TILES_A_SIDE = 64
+
 FRAME_SIZE = (0, 0)  # in `image_sizes` for a frame of a video, which AnyRes does not tile
 
 
@@ -72,7 +74,7 @@ def check_tiling(
         ValueError: Unknown type or option, or a value that cannot work.
     """
     tiling = {"type": "none"} if tiling is None else tiling
-    if not isinstance(tiling, Mapping) or tiling.get("type") not in _OPTIONS:
+    if not isinstance(tiling, Mapping) or tiling.get("type") not in tuple(_OPTIONS):
         raise ValueError(f"`tiling={tiling!r}` must be a dict with a 'type': one of {', '.join(_OPTIONS)}.")
     kind = tiling["type"]
     unknown = sorted(set(tiling) - set(_OPTIONS[kind]) - {"type"})
@@ -84,7 +86,7 @@ def check_tiling(
     if kind == "anyres":
         return _check_anyres(tiling, tower_size, num_rungs)
     if kind == "mosaic":
-        return {"type": kind, "n": _whole_number("n", tiling.get("n", 2), minimum=2)}
+        return {"type": kind, "n": _whole_number("n", tiling.get("n", 2), minimum=2, maximum=_MOST_TILES_A_SIDE)}
     return {"type": kind}
 
 
@@ -241,15 +243,18 @@ def _check_pinpoints(pinpoints: Any, side: int) -> list[list[int]]:
             for point in pinpoints
         )
     )
-    if not listed or any(pixels < side or pixels % side for point in pinpoints for pixels in point):
+    most = _MOST_TILES_A_SIDE * side
+    if not listed or any(not side <= pixels <= most or pixels % side for point in pinpoints for pixels in point):
         raise ValueError(
             f"`tiling.pinpoints={pinpoints!r}` must be a non-empty list of [height, width] in pixels, each a multiple "
-            f"of the tile's {side} pixels, like [[{side}, {2 * side}], [{2 * side}, {side}]]."
+            f"of the tile's {side} pixels, up to {most}, like [[{side}, {2 * side}], [{2 * side}, {side}]]."
         )
     return [list(point) for point in pinpoints]
 
 
-def _whole_number(name: str, value: Any, *, minimum: int) -> int:
+def _whole_number(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`tiling.{name}={value!r}` must be a whole number >= {minimum}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"`tiling.{name}={value!r}` must be a whole number of at most {maximum}.")
     return value

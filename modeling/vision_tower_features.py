@@ -30,10 +30,20 @@ def vision_geometry(config: PretrainedConfig) -> tuple[int, tuple[int, int]] | N
     """Feature width and patch grid of a tower, or `None` if its config does not tell.
 
     Those of convolutional towers and of pyramids like Swin differ from stage to stage.
+
+    Raises:
+        ValueError: The config tells sizes that are none.
     """
     size, patch, width = (getattr(config, name, None) for name in ("image_size", "patch_size", "hidden_size"))
     if size is None or patch is None or not isinstance(width, int) or hasattr(config, "depths"):
         return None
+    for name, value in (("image_size", size), ("patch_size", patch)):
+        sides = [value] * 2 if isinstance(value, int) else value
+        listed = isinstance(sides, (list, tuple)) and len(sides) == 2
+        if not listed or any(not isinstance(side, int) or side < 1 for side in sides):
+            raise ValueError(
+                f"`vision_config.{name}={value!r}` must be a whole number of pixels, or two of them: height and width."
+            )
     (height, width_px), (patch_height, patch_width) = _pair(size), _pair(patch)
     return width, (height // patch_height, width_px // patch_width)
 
@@ -80,7 +90,13 @@ def extract_features(
         ValueError: The tower's tokens form no patch grid, or a layer or block is not there.
     """
     asked = {"output_attentions": True} if output_attentions else {}
-    outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True, **asked)
+    try:
+        outputs = None if _keeps_states_to_itself(tower) else tower(pixel_values, output_hidden_states=True, **asked)
+    except ValueError as error:
+        raise ValueError(
+            f"`pixel_values` of {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels cannot be read by the vision "
+            f"tower: {error} Use the checkpoint's own processor."
+        ) from error
     states = _layer_by_layer(tower, pixel_values) if outputs is None else outputs.hidden_states
     last_hidden_state = states[-1] if outputs is None else outputs.last_hidden_state
     layers = [layer] if isinstance(layer, int) else list(layer)

@@ -63,12 +63,18 @@ def visual_token_ladder(compressor: Mapping[str, Any], grid: Sequence[int]) -> t
         ValueError: The type is unknown, or the grid is too small for one of the options.
     """
     kind = compressor.get("type")
-    if kind not in _LADDERS:
+    if kind not in tuple(_LADDERS):
         raise ValueError(
             f"`compressor.type={kind!r}` has no count ladder. Known types: {', '.join(sorted(_LADDERS))}."
         )
-    height, width = grid
-    return _LADDERS[kind](compressor, (int(height), int(width)))
+    try:
+        height, width = grid
+        return _LADDERS[kind](compressor, (int(height), int(width)))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"`compressor={dict(compressor)!r}` gives no token counts for the patch `grid={grid!r}`: "
+            f"{type(error).__name__} {error}. Take the complete options that the model's config wrote."
+        ) from error
 
 
 def visual_token_grids(compressor: Mapping[str, Any], grid: Sequence[int]) -> tuple[Grid, ...] | None:
@@ -188,6 +194,8 @@ def share_total(
     if isinstance(total, bool) or not isinstance(total, int):
         raise ValueError(f"`visual_token_budget={{'total': {total!r}}}` must be a whole number of tokens per prompt.")
     per_prompt = [len(images)] if images_per_prompt is None else list(images_per_prompt)
+    if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in per_prompt):
+        raise ValueError(f"`images_per_prompt={per_prompt}` must be whole numbers >= 0, one per prompt, in order.")
     if sum(per_prompt) != len(images):
         raise ValueError(
             f"`images_per_prompt={per_prompt}` tells of {sum(per_prompt)} images, but there are {len(images)}. Pass "
@@ -230,24 +238,69 @@ def shared_rungs(rungs: Sequence[int], images: Sequence[ImageCost]) -> list[int]
     return shared
 
 
-def check_rungs(rungs: Sequence[int], images: Sequence[ImageCost]) -> list[int]:
+def check_rungs(rungs: Any, images: Sequence[ImageCost]) -> list[int]:
     """`visual_rungs` as a list of valid rungs, one per view.
 
+    Args:
+        rungs: One rung per view, or a single one for all.
+        images: Cost of each image.
+
     Raises:
-        ValueError: The number of rungs is not that of the views, or one of them is no rung of the ladder.
+        ValueError: No rungs, another number of them than of views, or one that is no rung of the ladder.
     """
-    rungs, views = list(rungs), sum(image.views for image in images)
-    if len(rungs) != views:
+    views = sum(image.views for image in images)
+    given = [rungs] * views if isinstance(rungs, int) else rungs
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise ValueError(f"`visual_rungs={rungs!r}` must be a list of whole numbers, one rung per view.")
+    if len(given) != views:
         parts, part = ("images", "image") if views == len(images) else ("views", "view")
-        raise ValueError(f"`visual_rungs` has {len(rungs)} entries for {views} {parts}. Pass one rung per {part}.")
+        raise ValueError(f"`visual_rungs` has {len(given)} entries for {views} {parts}. Pass one rung per {part}.")
     ladders = [image.ladder for image in images for _ in range(image.views)]
-    for rung, ladder in zip(rungs, ladders, strict=True):
+    for rung, ladder in zip(given, ladders, strict=True):
         if rung not in range(len(ladder)):
             raise ValueError(
-                f"`visual_rungs` contains {rung}, but this model has rungs 0 to {len(ladder) - 1} "
-                f"(token counts {list(ladder)})."
+                f"`visual_rungs` contains {rung!r}, but this model has rungs 0 to {len(ladder) - 1} "
+                f"(token counts {list(ladder)}). Pass one of these per view."
             )
-    return shared_rungs([int(rung) for rung in rungs], images)
+    return shared_rungs([int(rung) for rung in given], images)
+
+
+def decide_rungs(
+    images: Sequence[ImageCost],
+    routed: Callable[[], tuple[Sequence[int], Sequence[float]]],
+    *,
+    budget: Any = None,
+    rungs: Any = None,
+    images_per_prompt: Sequence[int] | None = None,
+) -> list[int]:
+    """Who decides: the rung of every view, from the router, a budget, or an exact replay.
+
+    Args:
+        images: Cost of each image.
+        routed: Gives the router's rungs and scores, one of each per view; asked only where it has a say.
+        budget: `None` or `"auto"`, an int or one int per image, `{"ceiling": n}`, or `{"total": n}`.
+        rungs: One rung per view, replayed exactly; not together with a budget.
+        images_per_prompt: Images of each prompt (for `{"total": n}`); `None` takes all as one prompt.
+
+    Raises:
+        ValueError: Both `budget` and `rungs`, an unknown form of budget, or one that no rung fits.
+    """
+    # tensors and arrays of any library
+    budget, rungs = (value.tolist() if hasattr(value, "tolist") else value for value in (budget, rungs))
+    if rungs is not None and budget is not None:
+        raise ValueError(
+            f"`visual_token_budget={budget!r}` and `visual_rungs` were both given. Pass one of them: rungs replay an "
+            "exact choice, a budget makes one."
+        )
+    if rungs is not None:
+        return check_rungs(rungs, images)
+    if budget is None or budget == "auto":
+        return shared_rungs(routed()[0], images)
+    if isinstance(budget, Mapping):
+        return rungs_for_mapping(budget, images, images_per_prompt, routed)
+    if isinstance(budget, (int, list, tuple)):
+        return rungs_for_budget(budget, images)
+    raise ValueError(f"`visual_token_budget={budget!r}` is not known. {BUDGET_FORMS}")
 
 
 def rungs_for_mapping(

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from .view_geometry import ImageViews
-from .visual_token_geometry import (
-    BUDGET_FORMS,
-    ImageCost,
-    check_rungs,
-    rungs_for_budget,
-    rungs_for_mapping,
-    shared_rungs,
-)
+from .visual_token_geometry import ImageCost, decide_rungs
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,24 +124,13 @@ def resolve_rungs(
     Raises:
         ValueError: Both `budget` and `rungs`, an unknown form of budget, or one that no rung fits.
     """
-    if rungs is not None and budget is not None:
-        raise ValueError(
-            f"`visual_token_budget={budget!r}` and `visual_rungs` were both given. A replay fixes the counts, so "
-            "pass only one of them."
-        )
-    if rungs is not None:
-        return check_rungs(rungs.tolist() if isinstance(rungs, Tensor) else rungs, images)
-    if budget is None or budget == "auto":
-        return shared_rungs(routing.rungs.tolist(), images)
-    if isinstance(budget, Tensor):
-        budget = budget.tolist()
-    if isinstance(budget, Mapping):
-        return rungs_for_mapping(
-            budget, images, images_per_prompt, lambda: (routing.rungs.tolist(), routing.scores.tolist())
-        )
-    if isinstance(budget, (int, list, tuple)):
-        return rungs_for_budget(budget, images)
-    raise ValueError(f"`visual_token_budget={budget!r}` is not known. {BUDGET_FORMS}")
+    return decide_rungs(
+        images,
+        lambda: (routing.rungs.tolist(), routing.scores.tolist()),
+        budget=budget,
+        rungs=rungs,
+        images_per_prompt=images_per_prompt,
+    )
 
 
 def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> None:
@@ -157,7 +139,8 @@ def check_no_images(budget: Budget, rungs: Sequence[int] | Tensor | None) -> Non
     Raises:
         ValueError: `rungs`, or a list of budgets, that is not empty.
     """
-    for name, value in (("visual_rungs", rungs), ("visual_token_budget", budget)):
+    for name, given in (("visual_rungs", rungs), ("visual_token_budget", budget)):
+        value = given.tolist() if hasattr(given, "tolist") else given  # a tensor without axes is one number for all
         if isinstance(value, (str, Mapping)) or not hasattr(value, "__len__") or len(value) == 0:
             continue
         raise ValueError(

@@ -9,24 +9,10 @@ from typing import Any
 # In a checkpoint these stand beside this file; in the installed package they do not.
 try:
     from .pixel_statistics import pixel_routing
-    from .visual_token_geometry import (
-        ImageCost,
-        check_rungs,
-        highest_rung,
-        rungs_for_budget,
-        rungs_for_mapping,
-        shared_rungs,
-    )
+    from .visual_token_geometry import ImageCost, decide_rungs, highest_rung
 except ImportError:
     from adaptive_llava.modeling.pixel_statistics import pixel_routing
-    from adaptive_llava.modeling.visual_token_geometry import (
-        ImageCost,
-        check_rungs,
-        highest_rung,
-        rungs_for_budget,
-        rungs_for_mapping,
-        shared_rungs,
-    )
+    from adaptive_llava.modeling.visual_token_geometry import ImageCost, decide_rungs, highest_rung
 
 
 Routed = tuple[Sequence[int], Sequence[float]]
@@ -48,7 +34,14 @@ def routing_known_beforehand(
     """
     kind = router.get("type")
     if kind == "fixed":
-        rungs = [range(len(image.ladder))[router.get("rung", -1)] for image in images for _ in range(image.views)]
+        rung = router.get("rung", -1)
+        rungs_there = {len(image.ladder) for image in images}
+        if not isinstance(rung, int) or any(not -number <= rung < number for number in rungs_there):
+            raise ValueError(
+                f"`router={dict(router)!r}` names no rung of a model with {sorted(rungs_there)} token counts. Take "
+                "the options that the model's config wrote."
+            )
+        rungs = [rung % len(image.ladder) for image in images for _ in range(image.views)]
         return rungs, [0.0] * len(rungs)
     if kind == "pixel_std" and pixels is not None:
         if not {"windows", "thresholds"} <= set(router):
@@ -79,24 +72,18 @@ def rungs_known_beforehand(
     Raises:
         ValueError: Both are given, or one of them is impossible for the ladder.
     """
-    if budget is not None and rungs is not None:
-        raise ValueError(
-            f"`visual_token_budget={budget!r}` and `visual_rungs={rungs!r}` were both given. Pass one of them: rungs "
-            "replay an exact choice, a budget makes one."
-        )
+    if routed is None and rungs is None and isinstance(budget, Mapping) and set(budget) == {"total"}:
+        return None  # whether it suffices, the model says
     views = sum(image.views for image in images)
-    if rungs is not None:
-        return check_rungs([rungs] * views if isinstance(rungs, int) else list(rungs), images)
-    if isinstance(budget, Mapping):
-        if routed is None and set(budget) == {"total"}:
-            return None  # whether it suffices, the model says
-        decided = rungs_for_mapping(budget, images, images_per_prompt, lambda: routed or ([0] * views, [0.0] * views))
-        return None if routed is None else decided
-    if budget is None or budget == "auto":
-        return None if routed is None else shared_rungs(routed[0], images)
-    if isinstance(budget, str):
-        raise ValueError(f"`visual_token_budget={budget!r}` is unknown. Pass a number of tokens or 'auto'.")
-    return rungs_for_budget(budget, images)
+    decided = decide_rungs(
+        images,
+        lambda: routed or ([0] * views, [0.0] * views),
+        budget=budget,
+        rungs=rungs,
+        images_per_prompt=images_per_prompt,
+    )
+    by_router = rungs is None and (budget is None or isinstance(budget, (str, Mapping)))
+    return None if routed is None and by_router else decided
 
 
 def most_tokens(image: ImageCost, budget: Any = None) -> int:

@@ -172,8 +172,11 @@ def _read(source: str, name: str, allow_urls: bool) -> bytes:
     else:
         if not os.path.isfile(source):
             raise FileNotFoundError(f"{name}: there is no such file.")
-        with open(source, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        try:
+            with open(source, "rb") as file:
+                content = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise ValueError(f"{name} could not be read: {error}. Check the file and its permissions.") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"{name} is larger than {MAX_BYTES:,} bytes. Scale the image down first.")
     return content

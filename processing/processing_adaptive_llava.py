@@ -19,7 +19,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates import CHAT_TEMPLATES, chosen_template
 from .image_loading import load_images
-from .prompt_encoding import control_token_pattern, encode_prompts, holds_video, normalise_messages, span_mask
+from .prompt_encoding import (
+    check_encodable,
+    check_messages,
+    control_token_pattern,
+    encode_prompts,
+    holds_video,
+    normalise_messages,
+    span_mask,
+)
 from .prompt_media import VIDEO_TOKEN, media_of_prompts
 from .token_counting import TokenCountingMixin
 from .tokenizer_setup import add_placeholder, is_one_token, make_tokenizer_config_portable
@@ -31,10 +39,10 @@ from .view_tiling import cut_images, image_pixels, in_company
 # In a checkpoint these two stand beside this file; in the installed package they do not.
 try:
     from .code_files import auto_map, copy_code
-    from .view_geometry import FRAME_SIZE
+    from .view_geometry import FRAME_SIZE, check_tiling
 except ImportError:
     from adaptive_llava.modeling.code_files import auto_map, copy_code
-    from adaptive_llava.modeling.view_geometry import FRAME_SIZE
+    from adaptive_llava.modeling.view_geometry import FRAME_SIZE, check_tiling
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
     from .count_prediction import rungs_known_beforehand  # noqa: F401
@@ -91,7 +99,7 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         code_repository: Hub id of a repository that holds the remote code; `None` writes it beside the files.
 
     Raises:
-        ValueError: The tokenizer does not know `image_token`, or `layout` is unknown.
+        ValueError: The tokenizer does not know `image_token`, `layout` is unknown, or an option is no model's.
     """
 
     valid_processor_kwargs = AdaptiveLlavaProcessorKwargs
@@ -114,15 +122,25 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         tiling: Mapping[str, Any] | None = None,
         code_repository: str | None = None,
     ):
+        for name, value in (("compressor", compressor), ("router", router), ("tiling", tiling)):
+            if value is not None and not (isinstance(value, Mapping) and isinstance(value.get("type"), str)):
+                raise ValueError(
+                    f"`{name}={value!r}` must be the complete options of the model's config, with a 'type'."
+                )
+        if grid is not None:
+            _check_grid(grid)
+        if not isinstance(image_token, str) or not image_token:
+            raise ValueError(f"`image_token={image_token!r}` must be a token of the tokenizer, like '<image>'.")
         if isinstance(chat_template, str):
             chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
         self.layout = _check_layout(layout)
-        self.compressor = dict(compressor) if compressor else None
-        self.router = dict(router) if router else None
-        self.grid = list(grid) if grid else None
-        self.tiling = dict(tiling) if tiling else {"type": "none"}
+        self.compressor = None if compressor is None else dict(compressor)
+        self.router = None if router is None else dict(router)
+        self.grid = None if grid is None else list(grid)
+        tile = (tiling or {}).get("tile_size")
+        self.tiling = check_tiling(tiling, tower_size=tile if isinstance(tile, int) else None, num_rungs=1)
         self.code_repository = code_repository
         if not is_one_token(tokenizer, image_token):
             raise ValueError(
@@ -308,9 +326,11 @@ class AdaptiveLlavaProcessor(TokenCountingMixin, ProcessorMixin):
         template = chosen_template(self.chat_template, chat_template)
         call_options = {**{key: kwargs.pop(key) for key in list(kwargs) if key in _PROCESSOR_KWARGS}}
         call_options |= processor_kwargs or {}
-        first = conversation[0] if len(conversation) else None
+        first = conversation[0] if isinstance(conversation, Sequence) and len(conversation) else None
         batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
+        for chat in chats or [None]:
+            check_messages(chat)
         control_tokens = control_token_pattern(self._control_tokens(chats)) if sanitize_control_tokens else None
         normalised = [normalise_messages(chat, control_tokens) for chat in chats]
 
@@ -382,6 +402,14 @@ def _own_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _check_grid(grid: Any) -> None:
+    listed = isinstance(grid, (list, tuple)) and len(grid) == 2
+    if not listed or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in grid):
+        raise ValueError(
+            f"`grid={grid!r}` must be patches per side of an image, [height, width] in whole numbers >= 1."
+        )
+
+
 def _check_layout(layout: str) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"`layout={layout!r}` is unknown. Pass one of: {', '.join(LAYOUTS)}.")
@@ -389,7 +417,9 @@ def _check_layout(layout: str) -> str:
 
 
 def _check_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
     if not texts or not all(isinstance(prompt, str) for prompt in texts):
         raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
+    for row, prompt in enumerate(texts):
+        check_encodable(prompt, f"Row {row} of `text`")
     return texts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -32,6 +31,46 @@ def as_plain_text(text: str, control_tokens: re.Pattern[str]) -> str:
     return text
 
 
+def check_encodable(text: str, name: str) -> None:
+    """Refuse half a character, as JSON can write it, which no tokenizer reads.
+
+    Args:
+        text: Any text.
+        name: What it is, for the error.
+
+    Raises:
+        ValueError: It has a surrogate without its partner.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character at position {error.start} (a lone surrogate, {text[error.start]!r}), and is "
+            "no Unicode text. Remove it, or send the whole character."
+        ) from error
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse what is no chat.
+
+    Raises:
+        ValueError: No list of messages, a message without a role, or content that is neither text nor a list of parts.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(
+            f"`conversation={messages!r:.80}` must be a non-empty list of messages, or a list of such lists."
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"A message is {message!r:.80}. Write {{'role': 'user', 'content': ...}}, the role a string."
+            )
+        content = message.get("content")
+        listed = isinstance(content, (list, tuple)) and all(isinstance(part, Mapping) for part in content)
+        if not (content is None or isinstance(content, str) or listed):
+            raise ValueError(f"A message has the content {content!r:.80}. Write a string, or a list of parts.")
+
+
 def normalise_messages(
     messages: Sequence[Mapping[str, Any]], control_tokens: re.Pattern[str] | None
 ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
@@ -46,17 +85,18 @@ def normalise_messages(
     Raises:
         ValueError: A part that is neither text, image nor video.
     """
-    if not messages:
-        raise ValueError("`conversation` is empty. Pass at least one message.")
     normalised: list[dict[str, Any]] = []
     images: list[Any] = []
     videos: list[Any] = []
+    written = ""  # since the last image: a control token may be written in pieces
     for message in messages:
         content = message.get("content")
         if content is not None:
             parts = []
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 kind = part.get("type")
+                if kind in ("image", "image_url", "video"):
+                    written = ""
                 if kind in ("image", "image_url"):
                     image = _image_of(part)
                     images += [] if image is None else [image]
@@ -65,11 +105,15 @@ def normalise_messages(
                     videos += [part[key] for key in ("video", "path", "url") if part.get(key) is not None][:1]
                     parts.append({"type": "video"})
                 elif kind == "text" and isinstance(part.get("text"), str):
-                    text = part["text"] if control_tokens is None else as_plain_text(part["text"], control_tokens)
+                    text = part["text"]
+                    if control_tokens is not None:
+                        text = as_plain_text(text, control_tokens)
+                        text = TEXT_MARK + text if control_tokens.search(written + text) else text
+                        written += text
                     parts.append({"type": "text", "text": text})
                 else:
                     raise ValueError(
-                        f"A message has a part of type {kind!r} with keys {sorted(part)}. Write "
+                        f"A message has a part of type {kind!r} with keys {list(part)}. Write "
                         "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} or {'type': 'video', "
                         "'video': ...}."
                     )
@@ -233,10 +277,12 @@ def holds_video(message: Mapping[str, Any]) -> bool:
 def _image_of(part: Mapping[str, Any]) -> Any:
     url = part.get("image_url")
     if url is not None:
-        return url["url"] if isinstance(url, Mapping) else url
+        return url.get("url") if isinstance(url, Mapping) else url
     if part.get("base64") is not None:
         try:
-            return base64.b64decode(part["base64"].rpartition(",")[2], validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"An image part's `base64` is not valid base64: {error}.") from error
+            return base64.b64decode(str(part["base64"]).rpartition(",")[2], validate=True)
+        except ValueError as error:  # binascii's own, or letters beyond ASCII
+            raise ValueError(
+                f"An image part's `base64` is not valid base64: {error}. Encode the file's bytes."
+            ) from error
     return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)

@@ -89,7 +89,7 @@ def image_pixels(
         return_tensors: As in a call; without it a list with one array per image.
 
     Raises:
-        ValueError: `do_rescale=False`.
+        ValueError: `do_rescale=False`, or a normalisation that gives no finite pixels.
     """
     if options.get("do_rescale") is False:
         raise ValueError(
@@ -97,10 +97,19 @@ def image_pixels(
             "recognised as such). Leave it out."
         )
     if tiling["type"] == "none":
-        return square_pixels(image_processor, images, {**options, "return_tensors": return_tensors})
-    pixels = view_pixels(image_processor, images, cuts, tiling, options)
-    # one array: a tensor of a list of arrays is slow to build
-    return np.stack(pixels) if return_tensors else pixels
+        pixels = square_pixels(image_processor, images, {**options, "return_tensors": return_tensors})
+    else:
+        pixels = view_pixels(image_processor, images, cuts, tiling, options)
+        # one array: a tensor of a list of arrays is slow to build
+        pixels = np.stack(pixels) if return_tensors else pixels
+    # a call of a fast image processor gives tensors, on its device
+    if not all(views.isfinite().all() if hasattr(views, "isfinite") else np.isfinite(views).all() for views in pixels):
+        raise ValueError(
+            f"`image_std={getattr(image_processor, 'image_std', None)!r}`, `image_mean` or `rescale_factor` of the "
+            "image processor gives pixels that are not finite. Use the values of the model's own "
+            "preprocessor_config.json; no deviation may be 0."
+        )
+    return pixels
 
 
 def view_pixels(

@@ -316,7 +316,7 @@ def test_expanding_without_a_known_count_is_refused(processor):
     [
         ({"visual_token_budget": 0}, "`visual_token_budget=0` is below the smallest count"),
         ({"visual_token_budget": [4]}, "has 1 entries for 2 images"),
-        ({"visual_token_budget": "fast"}, "`visual_token_budget='fast'` is unknown"),
+        ({"visual_token_budget": "fast"}, "`visual_token_budget='fast'` is not known"),
         ({"visual_token_budget": {"mean": 4}}, r"`visual_token_budget=\{'mean': 4\}` is not known. Pass 'auto'"),
         ({"visual_rungs": [0, 3]}, "`visual_rungs` contains 3"),
         ({"visual_rungs": [0]}, "`visual_rungs` has 1 entries for 2 images"),
@@ -600,7 +600,7 @@ def test_begin_of_sequence_is_added_once():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "`conversation` is empty"),
+        ([], r"`conversation=\[\]` must be a non-empty list"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "a part of type 'audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"a part of type 'text' with keys \['type'\]"),
         ([{"role": "user", "content": [{"type": "image", "base64": "&"}]}], "is not valid base64"),

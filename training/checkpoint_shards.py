@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adaptive_llava.modeling.checkpoint_trust import PICKLED, SAFE, read_index
 
-# Complete checkpoints by transformers' names, the preferred first.
-_SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
+
 # What is fetched from the Hub: small files, then weights of the preferred kind, then of the other if there are none.
 _DOWNLOADS = (
     ["*.json", "*.jinja", "*.model", "*.txt"],
@@ -176,7 +176,7 @@ def write_shards(
         shards[-1].append(name)
         filled += tensor.size
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [_SAFE]
+    files = files if len(shards) > 1 else [SAFE]
     for file, names in zip(files, shards, strict=True):
         # a copy each: tensors of a pickle may share memory, and those of a mapped file keep it open
         values = {name: tensors[name].read().to(tensors[name].dtype, copy=True).contiguous() for name in names}
@@ -188,21 +188,21 @@ def write_shards(
         place = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.size for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": place}
-        (folder / f"{_SAFE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / f"{SAFE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return files
 
 
 def _shards(folder: Path) -> tuple[list[Path], set[str]]:
     # the files, and the names that the index promises
-    for whole in (_SAFE, _PICKLED):
+    for whole in (SAFE, PICKLED):
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            places = json.loads(index.read_text())["weight_map"]
+            places = read_index(index)
             return [folder / name for name in sorted(set(places.values()))], set(places)
         if (folder / whole).is_file():
             return [folder / whole], set()
     raise ValueError(
-        f"{folder} holds no weights: neither {_SAFE} nor {_PICKLED}, nor an index of shards. An adapter alone (LoRA, "
+        f"{folder} holds no weights: neither {SAFE} nor {PICKLED}, nor an index of shards. An adapter alone (LoRA, "
         "mm_projector.bin) must be merged into its language model first."
     )
 
@@ -221,9 +221,11 @@ def _open_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)  # a file from before PyTorch 1.6
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # all but the first are what torch's reader stumbles over in a damaged pickle
         raise ValueError(
-            f"{path} is no file of plain tensors, and nothing else is opened, since it could run any code."
+            f"{path} is no file of plain tensors, and nothing else is opened, since it could run any code. Take a "
+            "checkpoint in safetensors, or download it again."
         ) from error
 
 

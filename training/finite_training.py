@@ -1,8 +1,8 @@
-"""Whether training is still made of finite numbers, asked without making the host wait at every step."""
+"""Whether weights, and training at every step, are made of finite numbers; training never waits for the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ class FirstSpoiledStep:
         """The step, over all processes, or `None`; the host waits for the device, and all processes must ask."""
         step = int(self._accelerator.gather(self._step).min())
         return None if step == _NEVER else step
+
+
+def spoiled_tensor(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinite number; `None` if all are finite.
+
+    Args:
+        named: Name and tensor, each looked at when its turn has come.
+    """
+    for name, tensor in named:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
 
 
 def all_finite(model: nn.Module, optimizer: Optimizer | None, accelerator: Any) -> bool:

@@ -88,7 +88,10 @@ def check_model_folder(folder: Path) -> None:
             else "Pass a folder that `save_pretrained` of the model and of its processor wrote."
         )
         raise ValueError(f"{folder} has no {' and no '.join(missing)}. {advice}")
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"`{folder / CONFIG}` holds no JSON object ({error}). Save the model again.") from error
     if kind != AdaptiveLlavaConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind!r} model. Only adaptive LLaVA models have counts to choose from: convert it "
