@@ -5,8 +5,9 @@ IMAGES ?=
 # The folder of LLaVA's data for `make reproduce-7b`, and further options: make reproduce-7b ARGS=--dry-run
 DATA ?= data
 ARGS ?=
-# Test processes, and further pytest options: make test PYTEST_ARGS="-k router"
-WORKERS ?= 2
+# Test processes, one more than two cores, since some tests wait for processes of their own; and further pytest options:
+# make test PYTEST_ARGS="-k router"
+WORKERS ?= 3
 PYTEST_ARGS ?=
 
 ENVIRONMENT := .venv
@@ -30,7 +31,7 @@ quickstart: $(ENVIRONMENT)/installed
 
 ## Does per-image routing pay? Trains small models for 80 minutes on two cores; goes on where it was stopped.
 study: $(ENVIRONMENT)/installed
-	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers $(WORKERS)
+	OMP_WAIT_POLICY=PASSIVE $(ENVIRONMENT)/bin/python -m adaptive_llava.training.study --config training/study/cpu.yaml --workers 2
 
 ## LLaVA-1.5-7B with each preset, on 8 GPUs and with the Hub; `make reproduce-7b ARGS=--dry-run` prints the commands.
 reproduce-7b: $(ENVIRONMENT)/installed
