@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from adaptive_llava.training import readme_reliability
 from adaptive_llava.training.markdown_table import table
 from adaptive_llava.training.quickstart_report import run_labels
 
@@ -364,6 +365,11 @@ BLOCKS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "flops_7b": (flops_7b, "python -m adaptive_llava profile --shape llava-1.5-7b ..."),
     "calibration_certificate": (calibration_certificate, "python -m adaptive_llava.training.certificate_study"),
     "study_cpu": (study_cpu, "make study"),
+    "suites": (readme_reliability.suites, "make suites"),
+    "version_matrix": (readme_reliability.version_matrix, "make matrix"),
+    "generation_modes": (readme_reliability.generation_modes, "python -m tests.generation_modes"),
+    "hostile_cases": (readme_reliability.hostile_cases, "make hostile"),
+    "long_runs": (readme_reliability.long_runs, "python -m tests.long_runs"),
     "padding": (padding, "python -m adaptive_llava.training.padding_study"),
     "benchmark_cpu": (benchmark, "python -m adaptive_llava.training.benchmark"),
     "benchmark_cpu_clip": (benchmark, "python -m adaptive_llava.training.benchmark --shape clip-l-336+qwen2.5-0.5b"),
