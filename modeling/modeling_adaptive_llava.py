@@ -7,28 +7,25 @@ one per visual token).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import AutoModel, LlamaForCausalLM, PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .backbone_assembly import OWN_PARTS, BackboneAssemblyMixin
-from .checkpoint_trust import check_stored_weights
-from .code_files import copy_code
 from .configuration_adaptive_llava import AdaptiveLlavaConfig
 from .encoded_images import EncodedBatch, EncodedImages
 from .modality_prefusion import PrefusionRows, build_prefusion_rows
+from .model_outputs import AdaptiveLlavaCausalLMOutputWithPast, AdaptiveLlavaModelOutputWithPast
 from .placeholder_generation import PlaceholderGenerationMixin
 from .placeholder_layout import PlaceholderLayout, build_layout, holds_segments, prompt_starts
+from .pretrained_base import AdaptiveLlavaPreTrainedModel
 from .projector import AdaptiveLlavaProjector
 from .view_arrangement import join_mosaic, split_views
 from .view_geometry import image_costs
@@ -37,6 +34,8 @@ from .visual_tokens import Budget, Routing, VisionFeatures, VisualTokens, check_
 
 
 if TYPE_CHECKING:  # never run: of a local folder, transformers 4.57 copies only the files that are named here itself
+    from .checkpoint_trust import check_stored_weights  # noqa: F401
+    from .code_files import copy_code  # noqa: F401
     from .compressor_average_pool import AveragePoolCompressor  # noqa: F401
     from .compressor_base import Compressor  # noqa: F401
     from .compressor_identity import IdentityCompressor  # noqa: F401
@@ -63,174 +62,6 @@ logger = logging.get_logger(__name__)
 
 # Arguments that other libraries compute for the rows as they come in; wrong once visual tokens stand in them.
 _COMPACT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids")
-
-
-@dataclass
-class AdaptiveLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """Outputs aligned with `input_ids (B, L)`; at a placeholder stands the state of the image's last visual token.
-
-    Attributes:
-        last_hidden_state: `(B, L, text_dim)`.
-        hidden_states: One `(B, L, text_dim)` per layer, if asked for.
-        attentions: Over the expanded rows the language model saw, `(B, heads, T, T)`.
-        past_key_values: Cache of the expanded rows.
-        image_hidden_states: Visual tokens, `(sum(num_visual_tokens), text_dim)`.
-        num_visual_tokens: `(num_images,)`.
-        visual_rungs: `(num_views,)`.
-        visual_router_scores: `(num_views,)`, higher deserves more tokens.
-    """
-
-    image_hidden_states: Tensor | None = None
-    num_visual_tokens: Tensor | None = None
-    visual_rungs: Tensor | None = None
-    visual_router_scores: Tensor | None = None
-
-
-@dataclass
-class AdaptiveLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Like `AdaptiveLlavaModelOutputWithPast`, with `loss` and `logits (B, L, vocabulary)`."""
-
-    image_hidden_states: Tensor | None = None
-    num_visual_tokens: Tensor | None = None
-    visual_rungs: Tensor | None = None
-    visual_router_scores: Tensor | None = None
-
-
-class AdaptiveLlavaPreTrainedModel(PreTrainedModel):
-    """Loading, saving and what transformers wants to know of every model."""
-
-    config_class = AdaptiveLlavaConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, transformers reads a list
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def __init__(self, config: AdaptiveLlavaConfig, *args: Any, **kwargs: Any):
-        config.check_options()
-        super().__init__(config, *args, **kwargs)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if "position_ids" in module._non_persistent_buffers_set:
-            # of towers that are plain modules in transformers 5.0 to 5.4, whose own class is not asked
-            positions = cast(Tensor, module.position_ids)
-            positions.copy_(torch.arange(positions.shape[-1]))
-        # by name: as remote code, the config brings classes of its own copy of these files
-        if hasattr(module, "initialise") and not _is_loaded(module):
-            module.initialise()  # last: transformers has visited the layers inside
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: in custom code, transformers 5 passes over modules, its own too, that only hold other modules."""
-        return False
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint that lacks weights of the projector, compressor or router is refused.
-
-        Weights are read from safetensors alone, unless `use_safetensors=False` asks for more.
-
-        Raises:
-            ValueError: Weights of these parts are missing or have another shape; they are named. Or the weights are a
-                pickle, are damaged, or stand outside of the folder.
-        """
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
-            check_stored_weights(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"`{args[0] if args else 'The checkpoint'}` has weights that are no safetensors, or are damaged: "
-                f"{error}. Download it again, or save it again with `save_pretrained`."
-            ) from error
-        except RuntimeError as error:
-            known = ("size mismatch", "ignore_mismatched_sizes", "loading state_dict")
-            if not any(part in str(error) for part in known):
-                raise
-            raise ValueError(
-                f"The checkpoint's tensors do not fit its config: {error}\nUse the config it was saved with. If the "
-                "compressor or its options were changed, start from the original model with "
-                "`from_llava(..., preset=...)` instead."
-            ) from error
-        model.base_model.router.requires_grad_(False)  # as built: transformers makes every loaded weight trainable
-        missing = sorted(key for key in info["missing_keys"] if any(f"{part}." in key for part in OWN_PARTS))
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} weights this model needs: {', '.join(missing)}. It was saved "
-                "from another architecture, or incompletely. Save it again, or build the model with `from_llava` or "
-                "`from_backbones`, which initialise new parts."
-            )
-        if any(f"{part}." in str(key) for key in info["mismatched_keys"] for part in OWN_PARTS if part != "router"):
-            model.config.compressor_trained = False  # the caller had them start anew: `ignore_mismatched_sizes=True`
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, untrained: bool = False, **kwargs: Any
-    ) -> Any:
-        """As in transformers, with the code; `untrained` as of `push_to_hub`, if that is asked for too."""
-        if kwargs.get("push_to_hub"):
-            self._check_trained(untrained)
-        if self.config.code_repository is None:
-            copy_code(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, untrained: bool = False, **kwargs: Any) -> Any:
-        """As in transformers: one commit, with the code, and with a card if the repository has none.
-
-        Args:
-            repo_id: Hub id of the repository.
-            args: As in transformers.
-            untrained: Whether a model with parts that were never trained is meant; its card then says so.
-            kwargs: As in transformers.
-
-        Raises:
-            ValueError: Parts were never trained, and `untrained` is False.
-        """
-        self._check_trained(untrained)
-        return super().push_to_hub(repo_id, *args, **kwargs)
-
-    def _check_trained(self, untrained: bool) -> None:
-        if not (self.config.compressor_trained or untrained):
-            raise ValueError(
-                "The model has `config.compressor_trained=False`: parts of it were never trained, and its answers "
-                "would mean nothing to whoever loads it. Train it first; set the field to True if you did, with a "
-                "trainer of another package; or pass `untrained=True`, and its card says so."
-            )
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # the one place through which transformers' commits go, after it has put its empty card there
-        if (Path(working_dir) / "README.md").is_file():
-            try:
-                from adaptive_llava.hub_cards.pushed_card import complete_card
-            except ImportError:
-                pass  # as remote code, without the package: the card is transformers' own
-            else:
-                complete_card(self, Path(working_dir), repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: `save_pretrained` writes the code and `auto_map` itself."""
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        super().set_attn_implementation(*args, **kwargs)
-        # 4.57 passes over configs with this mark, and takes it only from those the main config names, not pre-fusion's
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_attn_was_changed", None)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.get_decoder().get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.get_decoder().set_input_embeddings(value)
 
 
 class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
@@ -883,11 +714,6 @@ class AdaptiveLlavaForConditionalGeneration(
         return super().generate(*args, **kwargs)
 
     generate.__doc__ = PlaceholderGenerationMixin.generate.__doc__
-
-
-def _is_loaded(part: nn.Module) -> bool:
-    # transformers 5 marks the weights that a checkpoint has brought
-    return all(getattr(parameter, "_is_hf_initialized", False) for parameter in part.parameters())
 
 
 def _is_trainable(part: nn.Module) -> bool:
