@@ -412,7 +412,7 @@ def test_embeddings_may_grow_and_be_tied_beside_pre_fusion(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prefusion_layers": -1}, r"`prefusion_layers=-1` must be a whole number of layers; 0 is none"),
+        ({"prefusion_layers": -1}, r"`prefusion_layers=-1` must be a whole number of layers, up to 1000; 0 is none"),
         ({"prefusion_layers": 2.0}, r"`prefusion_layers=2.0` must be a whole number"),
         ({"prefusion_layers": True}, r"`prefusion_layers=True` must be a whole number"),
         ({"prefusion_variant": "both"}, r"`prefusion_variant='both'` is unknown. Pass one of: released, paper"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -51,13 +51,14 @@ def test_named_files_exist(path):
     assert (ROOT / path).exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", MODULES)
-def test_commands_exist(command):
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
+def test_commands_exist(command, monkeypatch, capsys):
+    module, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code and "usage" in capsys.readouterr().out
 
 
 def test_the_table_of_presets_is_complete():
