@@ -27,8 +27,6 @@ from adaptive_llava.training.threshold_family import SpreadThresholds, threshold
 from tests.conftest import tiny_images, tiny_model
 
 
-pytestmark = pytest.mark.compat
-
 TWO = {"type": "average_pool", "factors": [1, 3]}
 ROUTED = {
     "feature_std": {"router": {"type": "feature_std"}},

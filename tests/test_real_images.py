@@ -90,7 +90,6 @@ def real(shared, weights):
     return mobilenet_dfmr(weights), {kind: mobilenet_pixels(batch) for kind, batch in images.items()}
 
 
-@pytest.mark.compat
 def test_calibrated_counts_of_real_images_equal_the_rule_written_in_numpy(real):
     model, pixels = real
     assert model.config.visual_token_counts == (64, 144, 576) and model.config.vision_grid == [24, 24]
