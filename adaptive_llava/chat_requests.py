@@ -123,16 +123,17 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else part
-    if kind == "text" and isinstance(part.get("text"), str):
-        check_encodable(part["text"], "A message's text")
-        return {"type": "text", "text": part["text"]}
+    fields = part if isinstance(part, Mapping) else {}
+    kind = fields.get("type")
+    if kind == "text" and isinstance(fields.get("text"), str):
+        check_encodable(fields["text"], "A message's text")
+        return {"type": "text", "text": fields["text"]}
     if kind == "image_url":
-        address = part.get("image_url")
+        address = fields.get("image_url")
         return {"type": "image", "image": address.get("url") if isinstance(address, Mapping) else address}
     raise ValueError(
-        f"A message has a part of type {str(kind)[:80]!r}. Send {{'type': 'text', 'text': ...}} or "
-        "{'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,...'}}."
+        f"A message has a part of type {str(kind if fields else part)[:80]!r}. Send {{'type': 'text', 'text': ...}} "
+        "or {'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,...'}}."
     )
 
 

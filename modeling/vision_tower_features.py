@@ -83,8 +83,8 @@ def extract_features(
         blocks: Further hidden states to keep, prefix tokens dropped.
         keep_outputs: Keep all that the tower gives, in `tower_outputs`.
         output_attentions: Keep its attentions too; those of SigLIP stay `None` on transformers 4.57.
-        join_unused: Let what lies above the layer join the patches with weight 0, so that each of the tower's weights
-            gets a gradient: distributed training waits for all.
+        join_unused: Let what lies above the layer join patches and blocks with weight 0, so that each of the tower's
+            weights gets a gradient: distributed training waits for all.
 
     Raises:
         ValueError: The tower's tokens form no patch grid, or a layer or block is not there.
@@ -122,16 +122,19 @@ def extract_features(
                 "with one token per patch (after optional prefix tokens) can be compressed."
             )
     patches = torch.cat([_patches(states[index], prefix) for index in layers], dim=-1)
+    patches_of_blocks = {index: _patches(states[index], prefix) for index in blocks}
     if join_unused:
         above = (last_hidden_state, getattr(outputs, "pooler_output", None))
-        patches = patches + sum((state * 0).sum() for state in above if state is not None)
+        nothing = sum((state * 0).sum() for state in above if state is not None)
+        patches = patches + nothing
+        patches_of_blocks = {index: block + nothing for index, block in patches_of_blocks.items()}
     return VisionFeatures(
         patches=patches,
         grid=grid,
         cls=_class_token(tower, outputs, states, prefix),
         pixels=pixel_values,
         views_per_image=(1,) * pixel_values.shape[0],
-        blocks={index: _patches(states[index], prefix) for index in blocks},
+        blocks=patches_of_blocks,
         layer_cls=torch.cat([states[index][:, 0] for index in layers], dim=-1) if prefix else None,
         tower_outputs={
             "last_hidden_state": last_hidden_state,

@@ -255,6 +255,12 @@ def test_a_role_of_a_request_that_is_a_list_is_refused():
         read_messages([{"role": ["user"], "content": "x"}])
 
 
+@pytest.mark.parametrize("part", ["text", "image_url", None, 7, [], {"type": "text"}])
+def test_a_part_of_a_message_that_is_none_is_refused(part):
+    with pytest.raises(ValueError, match="A message has a part of type .* Send"):
+        read_messages([{"role": "user", "content": [part]}])
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (3, 3), (2, 1)])
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_mask_of_other_rows_or_fewer_slots_than_ids_is_refused(shape, images):

@@ -1,8 +1,8 @@
 """The markers of Hugging Face's tests."""
 
 MARKERS = (
-    "accelerate_tests", "flash_attn_3_test", "flash_attn_4_test", "flash_attn_test", "order", "torch_compile_test",
-    "torch_export_test",
+    "accelerate_tests", "bitsandbytes", "flash_attn_3_test", "flash_attn_4_test", "flash_attn_test", "order",
+    "torch_compile_test", "torch_export_test",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from transformers import LlavaConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from adaptive_llava import PRESETS, AdaptiveLlavaConfig
-from adaptive_llava.modeling import modeling_adaptive_llava
+from adaptive_llava.modeling import pretrained_base
 from tests.suites.generation_suite import GenerationTesterMixin
 from tests.suites.model_testers import AdaptiveTester, StockLlavaTester
 from tests.suites.preset_names import suite_name
@@ -65,7 +65,7 @@ class AdaptiveSuite(ModelSuite):
         # the test loads an empty checkpoint: ours is refused, by name; what stock classes do is checked without that
         with self.assertRaisesRegex(ValueError, "The checkpoint lacks .* weights this model needs"):
             super().test_model_weights_reload_no_missing_tied_weights()
-        with mock.patch.object(modeling_adaptive_llava, "OWN_PARTS", ()):
+        with mock.patch.object(pretrained_base, "OWN_PARTS", ()):
             super().test_model_weights_reload_no_missing_tied_weights()
 
     def test_can_init_all_missing_weights(self):
@@ -80,7 +80,7 @@ class AdaptiveSuite(ModelSuite):
             return getfile(LlavaConfig if thing is AdaptiveLlavaConfig else thing)
 
         getfile = inspect.getfile
-        with mock.patch.object(modeling_adaptive_llava, "OWN_PARTS", ()), mock.patch("inspect.getfile", file_of):
+        with mock.patch.object(pretrained_base, "OWN_PARTS", ()), mock.patch("inspect.getfile", file_of):
             super().test_can_init_all_missing_weights()
 
     def test_sdpa_can_dispatch_composite_models(self):
