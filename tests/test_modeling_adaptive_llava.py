@@ -468,14 +468,17 @@ def test_a_tower_s_weight_that_a_checkpoint_lacks_is_drawn_as_its_class_does():
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_every_weight_of_a_trained_tower_gets_a_gradient():
-    model = tiny_model("dfmr", vision_feature_layer=-2).train()
+@pytest.mark.parametrize(
+    ("preset", "unread"), [("dfmr", ("layers.2.", "post_layernorm")), ("mbtf", ("post_layernorm",))]
+)
+def test_every_weight_of_a_trained_tower_gets_a_gradient(preset, unread):
+    model = tiny_model(preset, vision_feature_layer=-2).train()
     ids = torch.tensor([[5, IMG, 6]])
     model(input_ids=ids, pixel_values=tiny_images(1), labels=ids).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.model.vision_tower.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     above = {name for name, gradient in gradients.items() if not gradient.any()}
-    assert {name for name in gradients if "layers.2." in name or "post_layernorm" in name} <= above
+    assert {name for name in gradients if any(part in name for part in unread)} <= above
 
 
 def test_only_the_positions_asked_for_are_scored():
