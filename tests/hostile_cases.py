@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 
 TIMES = "ADAPTIVE_LLAVA_CASES"  # environment variable: how many times the cases of a test run
 SECONDS = 30  # that a case may take on a busy machine, where the slowest take one: more is a hang
-_RULE = re.compile(r"`[^`]*`|Image \d+|Row \d+|The request|A message|/\S+|Role|The checkpoint")
+_RULE = re.compile(r"`[^`]*`|(Image|Video) \d+|Row \d+|The request|A message|/\S+|Role|The checkpoint")
 _FIX = re.compile(
     r"(?i)\b(must be|Build|Check|Choose|Convert|Download|Encode|Give|Install|Known (options|types)|Leave|Name|Pass"
     r"|Raise|Read|Remove|Replace|Save|Scale|Send|Set|Supported formats|Take|Use|Write)\b"
