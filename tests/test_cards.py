@@ -474,7 +474,12 @@ def test_an_adapter_s_card_pins_its_base_and_its_snippets_run(hub, client, folde
     assert pinned_revision(card) == everything["id"] and pinning["title"].startswith("Pin ")
     assert f'base, base_revision = "ada/base", "{base}"' in card and lint_card(card) == []
     data = read_back(card)
-    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "ada/base", "adapter")
+    said = data.to_dict()
+    assert [said[key] for key in ("library_name", "base_model", "base_model_relation")] == [
+        "peft",
+        "ada/base",
+        "adapter",
+    ]
     assert {"lora", "adaptive-llava", "query_resampler"} < set(data.tags) and data.datasets == ["org/data"]
     assert "A LoRA adapter of rank 4 for [ada/base](https://huggingface.co/ada/base), a vision-language model" in card
     first = hub.read("ada/lora", "README.md", everything["id"]).decode()
