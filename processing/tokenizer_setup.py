@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AddedToken
 
 
 def is_one_token(tokenizer: Any, token: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -394,6 +395,42 @@ def test_an_uploaded_file_names_only_its_flat_neighbours_and_its_dependencies(na
             assert guarded and node.module.removeprefix("adaptive_llava.modeling.") in known
         else:
             assert node.module.split(".")[0] in allowed
+
+
+# All that uploaded files take from transformers. Public and documented:
+DOCUMENTED = {
+    "transformers": {
+        "AddedToken", "AutoConfig", "AutoModel", "AutoModelForCausalLM", "GenerationConfig", "LlamaForCausalLM",
+        "LogitsProcessorList", "PreTrainedModel", "PretrainedConfig", "StoppingCriteriaList",
+    },
+    "transformers.feature_extraction_utils": {"BatchFeature"},
+    "transformers.generation": {"GenerationMixin"},
+    "transformers.modeling_outputs": {
+        "BaseModelOutputWithPast", "BaseModelOutputWithPooling", "CausalLMOutputWithPast",
+    },
+    "transformers.processing_utils": {"ImagesKwargs", "ProcessingKwargs", "ProcessorMixin", "TextKwargs"},
+    "transformers.utils": {"logging"},
+}  # fmt: skip
+# Public names that the documentation does not explain.
+UNEXPLAINED = {
+    "transformers.activations": {"ACT2FN", "GELUActivation"},  # activations by their names in a config
+    "transformers.models.auto": {"modeling_auto"},  # the table by which `transformers serve` finds the class
+    "transformers.processing_utils": {"MultiModalData"},  # what `_get_num_multimodal_tokens` returns to an engine
+    "transformers.utils.chat_template_utils": {"render_jinja_template"},  # with the spans of answers
+}
+
+
+def test_uploaded_files_take_public_names_alone_from_transformers():
+    found: dict[str, set[str]] = {}
+    for path in uploaded_files().values():
+        for node, _ in imports_of(path):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "transformers":
+                found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    listed = {name: DOCUMENTED.get(name, set()) | UNEXPLAINED.get(name, set()) for name in {*DOCUMENTED, *UNEXPLAINED}}
+    assert found == listed
+    assert not any(name.startswith("_") for names in found.values() for name in names)
+    for module, names in DOCUMENTED.items():
+        assert names <= set(dir(importlib.import_module(module)))
 
 
 def test_transformers_takes_only_the_dependencies_for_requirements_of_remote_code():
