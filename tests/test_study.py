@@ -358,14 +358,14 @@ def test_the_accelerator_config_trains_a_step(tmp_path):
 
     settings = dataclasses.replace(
         read_settings(CONFIG.with_name("accelerator.yaml")), device="cpu", base_steps=1, arm_steps=1, separate_steps=1,
-        marks=(1,), training_pictures=len(FAMILIES) + 2 * len(SINGLE), router_pictures=36,
-        calibration_pictures=36, test_pictures=36, batch_size=2, vision_layers=2, text_layers=1,
+        marks=(1,), training_pictures=len(FAMILIES) + 2 * len(SINGLE), router_pictures=18,
+        calibration_pictures=18, test_pictures=18, batch_size=2, vision_layers=2, text_layers=1,
     )  # fmt: skip
     train_base(settings, 0, tmp_path, float("inf"))
     arm = next(arm for arm in arms_of(settings) if arm.name == "pool fixed 64")
     train_arm(settings, 0, arm, tmp_path, float("inf"))
     evidence = np.load(tmp_path / "pool fixed 64.npz")
-    assert evidence["right_test"].shape == (36, 3)
+    assert evidence["right_test"].shape == (18, 3)
 
 
 @pytest.mark.parametrize(
