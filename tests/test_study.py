@@ -275,7 +275,7 @@ def test_the_whole_study_runs_and_writes_results(small_config, tmp_path):
         (real / kind).mkdir(parents=True)
         picture.image.resize((90, 60)).save(real / kind / "one.png")
     small_config.write_text(small_config.read_text(encoding="utf-8") + f"real_images: {real}\n", encoding="utf-8")
-    arguments = ["--config", str(small_config), "--scale", "0.01", "--work", str(tmp_path / "work")]
+    arguments = ["--config", str(small_config), "--scale", "0.004", "--work", str(tmp_path / "work")]
     assert command.main([*arguments, "--workers", "1", "--output", str(output)]) == 0
     results = json.loads((output / "small.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert set(results["compressors"]) == {"pool", "resampler", "mini"}
