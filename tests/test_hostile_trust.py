@@ -25,8 +25,6 @@ from tests.test_processing_adaptive_llava import build
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("adaptive_llava", "modeling", "processing", "training", "hub_cards")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-# Files that load, as remote code, a folder which the same run has just written, and what for.
-OWN_CODE = {"training/quickstart_answers.py": "shows that the saved code works where the package is absent"}
 
 
 def calls(path: Path) -> list[tuple[int, str, str, dict[str, ast.expr]]]:
@@ -68,21 +66,32 @@ def test_no_call_here_runs_what_it_reads():
 
 
 def test_trust_remote_code_is_the_users_to_set():
-    found = {}
+    said = set()
     for path in SOURCES:
-        for line, _, _, words in calls(path):
-            value = words.get("trust_remote_code")
-            if value is not None and ast.unparse(value) != "False":
-                found.setdefault(name_of(path), []).append(line)
         text = path.read_text(encoding="utf-8")
-        # an option of a command line, off unless it is given
-        for match in re.finditer(r'\{"trust_remote_code": ([^}]+)\}', text):
-            assert match.group(1) == "options.trust_remote_code", name_of(path)
+        said |= {ast.unparse(value) for value in trust_of(ast.parse(text))}
         for match in re.finditer(r'"--trust-remote-code"(.*)', text):
             assert "store_true" in text[match.start() : match.start() + 200], name_of(path)
-    assert set(found) == set(OWN_CODE)
+    # nothing, an option of a command line that is off unless it is given, and what that option is handed on as
+    assert said == {"False", "options.trust_remote_code", "trust_remote_code", "job['trust_remote_code']"}
     recipes = [*ROOT.glob("training/recipes/**/*.yaml"), *ROOT.glob("hub_cards/**/*.txt")]
     assert recipes and not [path for path in recipes if "trust_remote_code" in path.read_text(encoding="utf-8")]
+
+
+def trust_of(tree: ast.AST) -> list[ast.expr]:
+    """What `trust_remote_code` is given: by keyword, as a dictionary's entry, as a default."""
+    found: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            found += [word.value for word in node.keywords if word.arg == "trust_remote_code"]
+        elif isinstance(node, ast.Dict):
+            keys = [getattr(key, "value", None) for key in node.keys]
+            found += [value for key, value in zip(keys, node.values, strict=True) if key == "trust_remote_code"]
+        elif isinstance(node, ast.arguments):
+            named = [*node.posonlyargs, *node.args][len(node.posonlyargs) + len(node.args) - len(node.defaults) :]
+            pairs = [*zip(named, node.defaults, strict=True), *zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+            found += [value for name, value in pairs if name.arg == "trust_remote_code" and value is not None]
+    return found
 
 
 def test_urls_are_fetched_in_one_place_and_only_on_request():

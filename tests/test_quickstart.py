@@ -33,7 +33,7 @@ def own_images(tmp_path):
 def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd, monkeypatch):
     output = tmp_path / "quickstart_output"
     arguments = ["--output", str(output), "--images", str(own_images), "--steps-scale", "0.04"]
-    assert quickstart.main(arguments) == 0
+    assert quickstart.main([*arguments, "--trust-remote-code"]) == 0
     shown = capfd.readouterr().out
     results = json.loads((output / "quickstart_results.json").read_text())
 
@@ -77,6 +77,13 @@ def test_quickstart_runs_end_to_end(tmp_path, own_images, capfd, monkeypatch):
             exec(block, scope)
     assert scope["output"].num_visual_tokens.tolist()[0] in counts
     assert scope["expanded"]["input_ids"][0].count(scope["processor"].image_token_id) == counts[-1]
+
+    # nobody has to trust the saved code: with the package, the same answers
+    entries = quickstart.write_pictures(render_blueprints(4, seed=3, test=True), tmp_path / "asked", seed=3)
+    answered = [quickstart.answer_in_fresh_process(output, entries, [], trusted) for trusted in (False, True)]
+    assert [found["package_importable"] for found in answered] == [True, False]
+    assert answered[0]["model_class"].startswith("adaptive_llava.")
+    assert answered[0]["answers"] == answered[1]["answers"]
 
     assert quickstart.prepare_output(output) == output  # a second run may use the folder again
     assert not (output / "model").exists()

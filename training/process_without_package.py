@@ -14,11 +14,11 @@ from pathlib import Path
 
 
 def run_without_package(script: str | os.PathLike, arguments: list[str], folder: str | os.PathLike) -> None:
-    """Runs `python script LIBRARIES arguments...`; the script appends LIBRARIES to `sys.path` itself.
+    """Runs `python script arguments... LIBRARIES`; the script appends LIBRARIES to `sys.path` itself.
 
     Args:
         script: Script that imports nothing of this package.
-        arguments: What follows the folder of libraries on the command line.
+        arguments: What comes before the folder of libraries on the command line.
         folder: Empty folder for the links; the process starts there.
 
     Raises:
@@ -28,7 +28,7 @@ def run_without_package(script: str | os.PathLike, arguments: list[str], folder:
     link_libraries(libraries)
     copied = libraries.parent / Path(script).name
     copied.write_text(Path(script).read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "-I", "-S", str(copied), str(libraries), *arguments]
+    command = [sys.executable, "-I", "-S", str(copied), *arguments, str(libraries)]
     subprocess.run(command, cwd=libraries.parent, check=True)
 
 

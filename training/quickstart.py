@@ -8,7 +8,8 @@
 2. Show it blueprints, a kind of document it has never seen.
 3. Teach its router that blueprints need the most tokens; fine-tune the model at the counts the router chooses, with
    LoRA through TRL's own `SFTTrainer`, among pictures of the kinds it knows; merge, and save it with its code.
-4. In a fresh process without this package: load it with `AutoModelForImageTextToText` and ask again.
+4. In a fresh process, load it with `AutoModelForImageTextToText` and ask again. With `--trust-remote-code` that
+   process has no `adaptive_llava` to import: the code that was saved beside the weights answers.
 
 Written to `--output`: `model/`, `model_before_lora/`, `quickstart.png`, `quickstart_results.json`, `held_out/`.
 """
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_llava.training import quickstart_answers
 from adaptive_llava.training.new_document import NEW_DOCUMENT, render_blueprints
 from adaptive_llava.training.process_without_package import run_without_package
 from adaptive_llava.training.quickstart_answers import answer, peak_memory_mib
@@ -72,17 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"quickstart: {error}\n")
     print("Loading torch, transformers and TRL ...", flush=True)
     _quieten_libraries()
-    run(output, own_images, options.steps_scale)
+    run(output, own_images, options.steps_scale, trust_remote_code=options.trust_remote_code)
     return 0
 
 
-def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0) -> dict[str, Any]:
+def run(
+    output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """The whole story; returns what `quickstart_results.json` holds.
 
     Args:
         output: Folder to write to.
         own_images: Images to route beside the rendered ones.
         steps_scale: Multiplies training steps and numbers of pictures.
+        trust_remote_code: Ask again where the package is absent, with the code saved in `output`.
     """
     import torch
 
@@ -114,8 +120,9 @@ def run(output: Path, own_images: Sequence[Path] = (), steps_scale: float = 1.0)
         processor.save_pretrained(output / "model")
         print(f"  saved {output / 'model'}: {', '.join(_kinds_of_files(output / 'model'))}")
 
-    with _phase("4/4  Load it in a fresh process without this package, and ask again", seconds, "answer"):
-        answered = answer_in_fresh_process(output, [*new, *known], own_images)
+    where = "a fresh process without this package" if trust_remote_code else "a fresh process"
+    with _phase(f"4/4  Load it in {where}, and ask again", seconds, "answer"):
+        answered = answer_in_fresh_process(output, [*new, *known], own_images, trust_remote_code)
 
     scores = score(answered["answers"], lambda kind: kind if kind == NEW_DOCUMENT else KNOWN)
     shown = pick_examples(answered["answers"]["auto"], _SHOWN)
@@ -192,8 +199,10 @@ def write_pictures(pictures: Sequence[Picture], folder: Path, *, seed: int) -> l
     return entries
 
 
-def answer_in_fresh_process(output: Path, images: list[dict], own_images: Sequence[Path]) -> dict[str, Any]:
-    """Phase 4: hand the saved folders and unseen images to a process that has only the usual libraries."""
+def answer_in_fresh_process(
+    output: Path, images: list[dict], own_images: Sequence[Path], trust_remote_code: bool
+) -> dict[str, Any]:
+    """Phase 4: hand the saved folders and unseen images to another process; one that trusts lacks this package."""
     with tempfile.TemporaryDirectory() as folder:
         answers_file = Path(folder) / "answers.json"
         job = {
@@ -203,11 +212,15 @@ def answer_in_fresh_process(output: Path, images: list[dict], own_images: Sequen
             },
             "images": images,
             "own_images": [str(path.resolve()) for path in own_images],
+            "trust_remote_code": trust_remote_code,
             "output": str(answers_file),
         }
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(job), encoding="utf-8")
-        run_without_package(Path(__file__).with_name("quickstart_answers.py"), [str(job_file)], folder)
+        if trust_remote_code:
+            run_without_package(quickstart_answers.__file__, [str(job_file)], folder)
+        else:
+            subprocess.run([sys.executable, "-m", quickstart_answers.__name__, str(job_file)], check=True)
         return json.loads(answers_file.read_text(encoding="utf-8"))
 
 
@@ -268,6 +281,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         help="multiplies training steps and numbers of pictures (%(default)s)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="ask again where this package is absent, by running the code that this run saves beside the weights",
     )
     return parser
 

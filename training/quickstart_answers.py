@@ -1,7 +1,7 @@
-"""Answer held-out questions with saved models, in a process that cannot import this package.
+"""Answer held-out questions with saved models, in a process of its own.
 
-`quickstart.py` runs this file by itself, with Python's isolated mode and a library folder in which the package does
-not exist: what it prints was computed by the code files saved beside the weights.
+Asked to trust remote code, `quickstart.py` runs this file by itself, with Python's isolated mode and a library folder
+in which the package does not exist: what it prints was computed by the code files saved beside the weights.
 """
 
 import importlib.util
@@ -21,18 +21,19 @@ RUNS = {  # name: which model, at which budget
 }
 
 
-def main(libraries: str, job_file: str) -> None:
+def main(job_file: str, libraries: str | None = None) -> None:
     """Run the job that `quickstart.py` wrote.
 
     Args:
-        libraries: Folder to import torch, transformers and the rest from.
         job_file: JSON with `models` (folders, `before` and `after` fine-tuning), `images` (`path`, `kind`,
-            `questions`), `own_images` (paths) and `output` (file to write).
+            `questions`), `own_images` (paths), `trust_remote_code` (what the user said) and `output` (file to write).
+        libraries: Folder to import torch, transformers and the rest from, where the package is to be absent.
     """
-    sys.path.append(libraries)
-    if importlib.util.find_spec("adaptive_llava") is not None:
-        raise RuntimeError("`adaptive_llava` can be imported here, so this run would prove nothing.")
-    print("  import adaptive_llava -> ModuleNotFoundError, as intended", flush=True)
+    if libraries is not None:
+        sys.path.append(libraries)
+        if importlib.util.find_spec("adaptive_llava") is not None:
+            raise RuntimeError("`adaptive_llava` can be imported here, so this run would prove nothing.")
+        print("  import adaptive_llava -> ModuleNotFoundError, as intended", flush=True)
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(Path(job_file).parent / "remote_code")
@@ -43,15 +44,15 @@ def main(libraries: str, job_file: str) -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(job["models"]["after"], trust_remote_code=True)
+    remote = {"trust_remote_code": job["trust_remote_code"]}
+    processor = AutoProcessor.from_pretrained(job["models"]["after"], **remote)
     models = {
-        name: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        name: AutoModelForImageTextToText.from_pretrained(folder, **remote).eval()
         for name, folder in job["models"].items()
     }
     model = models["after"]
-    print(
-        f"  {type(model).__name__} from {Path(sys.modules[type(model).__module__].__file__).name} of the saved folder"
-    )
+    code = Path(sys.modules[type(model).__module__].__file__).name
+    print(f"  {type(model).__name__} from {code} of {'this package' if libraries is None else 'the saved folder'}")
 
     counts = list(model.config.visual_token_counts)
     budgets = {"smallest": counts[0], "auto": "auto", "largest": counts[-1]}
@@ -60,7 +61,7 @@ def main(libraries: str, job_file: str) -> None:
         answers[name] = answer(models[tuning], processor, job["images"], budgets[budget])
         print(f"  asked {len(answers[name])} questions {tuning} fine-tuning, budget {budgets[budget]}", flush=True)
     result = {
-        "package_importable": False,
+        "package_importable": libraries is None,
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
         "token_counts": counts,
         "answers": answers,
