@@ -1,7 +1,9 @@
 # On a machine with Python >= 3.11 and make, every target first builds the environment it needs.
 PYTHON ?= python3
-# A folder of your own images for `make quickstart`: make quickstart IMAGES=some/folder
+# A folder of your own images for `make quickstart`, and whether to ask again where this package is absent, by running
+# the code that it saves: make quickstart IMAGES=some/folder TRUST=yes
 IMAGES ?=
+TRUST ?=
 # The folder of LLaVA's data for `make reproduce-7b`, and further options: make reproduce-7b ARGS=--dry-run
 DATA ?= data
 ARGS ?=
@@ -14,6 +16,7 @@ ENVIRONMENT := .venv
 ENVIRONMENT_4 := .venv-transformers-4
 ENVIRONMENT_LMMS := .venv-lmms
 ENVIRONMENT_DEMO := .venv-demo
+ENVIRONMENT_TORCHVISION := .venv-torchvision
 LINKS := $(ENVIRONMENT)/package_links/adaptive_llava
 
 # One thread per test process: two processes that each start a thread per core only get in each other's way.
@@ -23,11 +26,13 @@ other = ADAPTIVE_LLAVA_OTHER_PYTHON=$(addprefix $(CURDIR)/,$(wildcard $(1)/bin/p
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 600 --durations 10
 
 .PHONY: quickstart study demo test-demo reproduce-7b test test-transformers-4 lmms-environment test-lmms matrix
+.PHONY: test-torchvision
 .PHONY: suites test-suites hostile style check clean
 
 ## Ask the shipped model, teach it a new kind of document, save it, ask again in a fresh process.
 quickstart: $(ENVIRONMENT)/installed
-	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)")
+	$(ENVIRONMENT)/bin/python -m adaptive_llava.training.quickstart $(if $(IMAGES),--images "$(IMAGES)") \
+		$(if $(TRUST),--trust-remote-code)
 
 ## Does per-image routing pay? Trains small models for 80 minutes on two cores; goes on where it was stopped.
 study: $(ENVIRONMENT)/installed
@@ -60,6 +65,10 @@ lmms-environment: $(ENVIRONMENT_LMMS)/installed
 test-lmms: $(ENVIRONMENT)/installed $(ENVIRONMENT_LMMS)/installed
 	$(TEST_SETTINGS) ADAPTIVE_LLAVA_LMMS_PYTHON="$(CURDIR)/$(ENVIRONMENT_LMMS)/bin/python" \
 		$(ENVIRONMENT)/bin/python -m pytest --timeout 600 tests/test_lmms_eval.py $(PYTEST_ARGS)
+
+## The compatibility tests where torchvision is installed: transformers then reads images with it instead of PIL.
+test-torchvision: $(ENVIRONMENT_TORCHVISION)/installed
+	$(TEST_SETTINGS) $(ENVIRONMENT_TORCHVISION)/bin/python $(PYTEST) -m compat $(PYTEST_ARGS)
 
 ## One checkpoint under every supported transformers, each in a fresh environment (.venv-matrix); prints a table.
 matrix: $(ENVIRONMENT)/installed
@@ -94,7 +103,8 @@ check: $(ENVIRONMENT)/installed
 
 ## Remove the environments, the caches and what a build left behind.
 clean:
-	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) .venv-matrix build dist *.egg-info
+	rm -rf $(ENVIRONMENT) $(ENVIRONMENT_4) $(ENVIRONMENT_LMMS) $(ENVIRONMENT_DEMO) $(ENVIRONMENT_TORCHVISION)
+	rm -rf .venv-matrix build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -104,6 +114,10 @@ $(ENVIRONMENT)/installed: constraints.txt setup.cfg pyproject.toml
 $(ENVIRONMENT_4)/installed: constraints-transformers-4.57.txt setup.cfg pyproject.toml
 	$(call install,$(ENVIRONMENT_4),constraints-transformers-4.57.txt,dev)
 
+# torchvision's wheels only fit the torch that is built with CUDA, several gigabytes: `===` asks for exactly that one.
+$(ENVIRONMENT_TORCHVISION)/installed: constraints.txt setup.cfg pyproject.toml
+	$(call install,$(ENVIRONMENT_TORCHVISION),constraints.txt,dev,,torch===$$(sed -n 's/^torch==//p' constraints.txt) torchvision)
+
 $(ENVIRONMENT_DEMO)/installed: constraints.txt setup.cfg pyproject.toml
 	$(call install,$(ENVIRONMENT_DEMO),constraints.txt,demo-test)
 
@@ -111,13 +125,13 @@ $(ENVIRONMENT_DEMO)/installed: constraints.txt setup.cfg pyproject.toml
 $(ENVIRONMENT_LMMS)/installed: constraints.txt setup.cfg pyproject.toml
 	$(call install,$(ENVIRONMENT_LMMS),constraints.txt,lmms,lmms-eval)
 
-# $(1): the environment's folder, $(2): its constraints, $(3): the package's extra, $(4): what goes in by itself. torch
-# goes first, pinned: resolved along with the others it may bring gigabytes of CUDA packages.
+# $(1): the environment's folder, $(2): its constraints, $(3): the package's extra, $(4): what goes in by itself, $(5):
+# another torch. torch goes first, pinned: resolved along with the others it may bring gigabytes of CUDA packages.
 define install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
 	@echo "Building $(1) (torch and transformers; a few minutes, once)"
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
+	$(1)/bin/python -m pip install --quiet --constraint $(2) $(or $(5),torch)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[$(3)]"
 	$(if $(4),$(1)/bin/python -m pip install --quiet --constraint $(2) --no-deps $(4))
 	@touch $@
