@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -328,8 +329,10 @@ def test_a_killed_command_leaves_no_half_piece_behind(small_config, tmp_path):
     until = time.monotonic() + 120
     while not list(work.glob("seed_0/*.seconds")) and time.monotonic() < until:
         time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1], "nothing goes on training for nobody"
     finished = list(work.rglob("*.pt"))
     assert finished
     for path in finished:

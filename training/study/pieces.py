@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from adaptive_llava.training.study.settings import Settings
@@ -34,7 +36,7 @@ def run_pieces(settings: Settings, work: Path, workers: int, deadline: float) ->
     print(f"{waiting} of {len(settings.seeds) * (1 + len(arms_of(settings)))} pieces to train", flush=True)
     if time.time() > deadline:
         return False
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
 
         def start(seed: int, name: str | None) -> Future[bool]:
             return pool.submit(_train_piece, settings, work, deadline, seed, name)
@@ -45,6 +47,17 @@ def run_pieces(settings: Settings, work: Path, workers: int, deadline: float) ->
             if base.result():
                 of_arms += [start(running[base], name) for name in arms[running[base]]]
         return all(future.result() for future in (*running, *of_arms))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has gone: killed, it would leave its trainings running."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _train_piece(settings: Settings, work: Path, deadline: float, seed: int, name: str | None) -> bool:
