@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers.utils import is_torchvision_available
 
 
 # Mean and standard deviation that other towers than CLIP and SigLIP were trained with; ImageNet's if not named here.
@@ -37,6 +38,7 @@ def square_image_processor(vision_config: Any) -> Any:
         if not kind.startswith("clip"):
             family = next((family for family in _NORMALISATION if kind.startswith(family)), None)
             options["image_mean"], options["image_std"] = _NORMALISATION.get(family or "", _IMAGENET)
-    # transformers 5 keeps the PIL back end, which needs no torchvision, under its own name
-    processor_class = getattr(transformers, name + "Pil", None) or getattr(transformers, name)
-    return processor_class(**options)
+    # as transformers does when it loads this processor again: torchvision where it is installed, else PIL, which
+    # transformers 5 keeps under its own name
+    without_torchvision = None if is_torchvision_available() else getattr(transformers, name + "Pil", None)
+    return (without_torchvision or getattr(transformers, name))(**options)

@@ -30,6 +30,7 @@ from transformers import (
     ResNetConfig,
     pipeline,
 )
+from transformers.utils import is_torchvision_available
 
 from adaptive_llava import AdaptiveLlavaForConditionalGeneration, AdaptiveLlavaProcessor
 from adaptive_llava.modeling.code_files import AUTO_MAP, MANIFEST_NAME, code_files, copy_code
@@ -170,12 +171,12 @@ def load_afresh(
     return json.loads(line.removeprefix("REPORT "))
 
 
-def check_report(report: dict, auto_class: str) -> None:
+def check_report(report: dict, auto_class: str, error: float = 1e-5) -> None:
     assert report["class"] == AUTO_MAP[auto_class].split(".")[1]
     if auto_class == "AutoConfig":
         assert report["counts"] == [4, 9, 36]
     else:
-        assert report["error"] <= 1e-5
+        assert report["error"] <= error
         assert report["equal"]
 
 
@@ -231,7 +232,9 @@ def save_checkpoint_with(model, folder: Path) -> None:
 @pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoConfig"])
 def test_the_other_transformers_release_gives_the_same_numbers(auto_class, checkpoint, tmp_path):
     report = load_afresh(checkpoint, auto_class, tmp_path, python=OTHER_PYTHON)
-    check_report(report, auto_class)
+    # only one of the two environments has torchvision, whose resize differs from PIL's by a few of 255 levels
+    other_reader = auto_class == "AutoProcessor" and is_torchvision_available()
+    check_report(report, auto_class, 0.1 if other_reader else 1e-5)
     assert report["version"].split(".")[0] != transformers.__version__.split(".")[0]
 
 
@@ -416,6 +419,7 @@ UNEXPLAINED = {
     "transformers.activations": {"ACT2FN", "GELUActivation"},  # activations by their names in a config
     "transformers.models.auto": {"modeling_auto"},  # the table by which `transformers serve` finds the class
     "transformers.processing_utils": {"MultiModalData"},  # what `_get_num_multimodal_tokens` returns to an engine
+    "transformers.utils": {"is_torchvision_available"},  # decides there, too, what reads an image
     "transformers.utils.chat_template_utils": {"render_jinja_template"},  # with the spans of answers
 }
 
