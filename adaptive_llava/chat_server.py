@@ -95,7 +95,9 @@ class CheckedChatHandler(ChatCompletionHandler):
         try:
             self.processor.apply_chat_template(chat, add_generation_prompt=True)
         except TemplateError as error:
-            raise ValueError(f"`messages` do not fit the model's chat template: {error}") from error
+            raise ValueError(
+                f"`messages` do not fit the model's chat template: {error} Send them as it asks."
+            ) from error
         if budget is not None and images:  # here, since a stream has begun when the model would refuse it
             self.processor.count_tokens([images], visual_token_budget=budget)
         kept = {key: value for key, value in fields.items() if key != "visual_token_budget"}

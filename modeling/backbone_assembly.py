@@ -95,7 +95,7 @@ class BackboneAssemblyMixin:
         if source.vision_feature_select_strategy != "full" and not has_prefix:
             raise ValueError(
                 f"`vision_feature_select_strategy={source.vision_feature_select_strategy!r}` drops the first patch of "
-                "a tower without [CLS], and the others form no grid to compress. Fine-tune with 'full'."
+                "a tower without [CLS], and the others form no grid to compress. Set it to 'full' and fine-tune."
             )
         image_token_id = getattr(source, "image_token_id", None) or source.image_token_index
         config = AdaptiveLlavaConfig.from_preset(
@@ -269,7 +269,8 @@ def _check_head(text: PreTrainedModel) -> None:
     head = text.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(
-            f"`text` ({type(text).__name__}) has no head that is a plain matrix, which this package needs."
+            f"`text` ({type(text).__name__}) has no head that is a plain matrix. Pass a language model whose "
+            "`get_output_embeddings()` is a linear layer without a bias."
         )
     for name in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
         if getattr(text.config, name, None) not in (None, 1, 1.0):

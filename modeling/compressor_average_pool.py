@@ -33,7 +33,10 @@ class AveragePoolCompressor(Compressor):
         super().__init__(dim, text_dim)
         self.factors = whole_numbers("compressor.factors", factors, minimum=1)
         if list(self.factors) != sorted(set(self.factors)):
-            raise ValueError(f"`compressor.factors={list(factors)!r}` must rise strictly, like [1, 2, 3].")
+            raise ValueError(
+                f"`compressor.factors={list(factors)!r}` must rise strictly. Name each factor once, the smallest "
+                f"first, like {sorted(set(self.factors))}."
+            )
         self.strict_tiling = strict_tiling
         self.num_rungs = len(self.factors)
         self.pool_factors = tuple(reversed(self.factors))

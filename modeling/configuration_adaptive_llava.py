@@ -373,7 +373,7 @@ class AdaptiveLlavaConfig(PretrainedConfig):
         if beyond:
             raise ValueError(
                 f"`router={self.router!r}` reads hidden states {beyond}, and this tower of {layers} layers has 0 to "
-                f"{layers}, or -1 to -{layers + 1} from the end."
+                f"{layers}, or -1 to -{layers + 1} from the end. Choose from these."
             )
 
     @classmethod

@@ -505,8 +505,8 @@ class AdaptiveLlavaModel(AdaptiveLlavaPreTrainedModel):
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if mask is not None and mask.dim() != 2:
             raise ValueError(
-                f"`attention_mask` has {mask.dim()} dimensions; rows with one placeholder per image need a mask of "
-                "shape (batch, length), since their visual tokens are added inside."
+                f"`attention_mask` has {mask.dim()} dimensions; rows with one placeholder per image have their visual "
+                "tokens added inside. Pass a mask of shape (batch, length)."
             )
         if mask is not None and mask.shape[1] not in (length, length + cached):
             raise ValueError(

@@ -152,7 +152,7 @@ class PlaceholderGenerationMixin(GenerationMixin):
                 **kwargs,
             )
         if input_ids is None and inputs_embeds is None:
-            raise ValueError("`input_ids` is missing: images need a prompt with their placeholders.")
+            raise ValueError("`input_ids` is missing: images need a prompt. Pass one with their placeholders.")
         prompt = input_ids if input_ids is not None else torch.zeros(len(inputs_embeds), 0, dtype=torch.long)
         if input_ids is None:
             input_ids = self.model.ids_of_embeddings(inputs_embeds)
@@ -348,7 +348,7 @@ def _check_cached_rows(layout: PlaceholderLayout, cached: int) -> None:
     if cached and not bool((layout.aligned == cached - 1).all(dim=0).any()):
         raise ValueError(
             f"`past_key_values` holds rows of {cached} slots that were padded otherwise than the whole conversation "
-            "is now: its new images differ in visual tokens. Continue the rows one by one, or without "
+            "is now: its new images differ in visual tokens. Send the rows one by one, or without "
             "`past_key_values`."
         )
 

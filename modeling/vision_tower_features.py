@@ -103,12 +103,12 @@ def extract_features(
     for index in [*layers, *blocks]:
         if not -len(states) <= index < len(states):
             name = f"`vision_feature_layer={layer!r}`" if index in layers else f"Block {index} of {list(blocks)}"
-            raise ValueError(f"{name} is not there: this tower has hidden states 0 to {len(states) - 1}.")
+            raise ValueError(f"{name} is not there: this tower has hidden states 0 to {len(states) - 1}. Choose one.")
     last = states[layers[0]]
     if len(last) != len(pixel_values):
         raise ValueError(
-            f"The vision tower gave {len(last)} rows of tokens for {len(pixel_values)} images; only towers that keep "
-            "images apart can be compressed."
+            f"The vision tower gave {len(last)} rows of tokens for {len(pixel_values)} images, and only what "
+            "belongs to one image can be compressed. Choose a tower that keeps images apart."
         )
     if last.dim() == 4:
         grid, prefix = tuple(last.shape[-2:]), 0
@@ -118,8 +118,8 @@ def extract_features(
         prefix = last.shape[1] - grid[0] * grid[1]
         if prefix < 0:
             raise ValueError(
-                f"The vision tower gave {last.shape[1]} tokens for a {grid[0]}x{grid[1]} patch grid; only towers "
-                "with one token per patch (after optional prefix tokens) can be compressed."
+                f"The vision tower gave {last.shape[1]} tokens for a {grid[0]}x{grid[1]} patch grid. Choose one "
+                "with a token per patch, after any tokens of its own."
             )
     patches = torch.cat([_patches(states[index], prefix) for index in layers], dim=-1)
     patches_of_blocks = {index: _patches(states[index], prefix) for index in blocks}

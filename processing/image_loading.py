@@ -157,7 +157,7 @@ def _read(source: str, name: str, allow_urls: bool) -> bytes:
         try:
             return base64.b64decode(source.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise ValueError(f"{name} is no valid base64 data URI: {error}.") from error
+            raise ValueError(f"{name} is no valid base64 data URI: {error}. Encode the bytes again.") from error
     if source.startswith(("http://", "https://")):
         if not allow_urls:
             raise ValueError(
@@ -168,7 +168,7 @@ def _read(source: str, name: str, allow_urls: bool) -> bytes:
             with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
                 content = response.read(MAX_BYTES + 1)
         except OSError as error:
-            raise ValueError(f"{name} could not be fetched: {error}.") from error
+            raise ValueError(f"{name} could not be fetched: {error}. Check the address, or pass a file.") from error
     else:
         if not os.path.isfile(source):
             raise FileNotFoundError(f"{name}: there is no such file.")

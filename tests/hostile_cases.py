@@ -34,9 +34,9 @@ from hypothesis import strategies as st
 TIMES = "ADAPTIVE_LLAVA_CASES"  # environment variable: how many times the cases of a test run
 SECONDS = 30  # that a case may take on a busy machine, where the slowest take one: more is a hang
 _RULE = re.compile(r"`[^`]*`|(Image|Video) \d+|Row \d+|The request|A message|/\S+|Role|The checkpoint")
-_FIX = re.compile(
-    r"(?i)\b(must be|Build|Check|Choose|Convert|Download|Encode|Give|Install|Known (options|types)|Leave|Name|Pass"
-    r"|Raise|Read|Remove|Replace|Save|Scale|Send|Set|Supported formats|Take|Use|Write)\b"
+WAY_OUT = re.compile(
+    r"(?i)\b(must be|Build|Check|Choose|Convert|Download|Encode|Give|Install|Known (options|presets|types)|Leave|Name"
+    r"|Pass|Raise|Read|Remove|Replace|Save|Scale|Send|Set|Supported formats|Take|Use|Write)\b"
 )
 
 _OF_THIS_FILE = Path(__file__).with_name("test_hostile_cases.py")
@@ -121,7 +121,11 @@ def check_refusal(error: Exception, *kinds: type[Exception], said: str = "") -> 
     if not (own or type(error) in (ValueError, *kinds)):
         raise AssertionError(f"{type(error).__name__} instead of a ValueError: {error}") from error
     message = str(error)
-    for rule, pattern in (("the name of what is wrong", _RULE), ("what to do", _FIX), (said, re.compile(said, re.S))):
+    for rule, pattern in (
+        ("the name of what is wrong", _RULE),
+        ("what to do", WAY_OUT),
+        (said, re.compile(said, re.S)),
+    ):
         if not pattern.search(message):
             raise AssertionError(f"the message lacks {rule}: {message}") from error
 

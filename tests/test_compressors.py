@@ -340,7 +340,7 @@ def test_fusion_equals_the_code_of_llava_stf(shared, case, variant):
         ({"type": "average_pool", "factors": [1.5]}, r"whole numbers >= 1"),
         ({"type": "average_pool", "factors": [True]}, r"whole numbers >= 1"),
         ({"type": "average_pool", "factors": [3, 2, 1]}, r"must rise strictly"),
-        ({"type": "average_pool", "factors": [2, 2]}, r"must rise strictly"),
+        ({"type": "average_pool", "factors": [2, 2]}, r"must rise strictly\. Name each factor once"),
         ({"type": "average_pool", "window": 2}, r"no option 'window'. Known options: factors, strict_tiling"),
         ({"type": "token_concat", "window": 0}, r"`compressor.window=\[0\]` must be"),
         ({"type": "token_concat", "window": "2"}, r"must be a non-empty list of whole numbers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from adaptive_llava.processing.image_loading import _RangeError
-from tests.hostile_cases import RAN, cases, check_refusal, refused_well, scalars
+from tests.hostile_cases import RAN, WAY_OUT, cases, check_refusal, refused_well, scalars
 
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "hostile_cases.json"
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "results" / "hostile_cases.json"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,42 @@ def test_a_good_refusal_names_the_rule_and_the_way_out():
     check_refusal(TypeError("Image 1 is a int. Pass a path."), TypeError)
     with pytest.raises(AssertionError, match="lacks beyond 4"):
         check_refusal(ValueError("`budget=3` is below 4. Pass at least 4."), said="beyond 4")
+
+
+@pytest.mark.parametrize("folder", ["adaptive_llava", "modeling", "processing"])
+def test_every_refusal_of_the_model_and_its_processor_says_what_to_do(folder):
+    found = [
+        f"{path.name}:{line} {text}"
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for line, text in refusals_of(ast.parse(path.read_text(encoding="utf-8")))
+        if not WAY_OUT.search(text)
+    ]
+    assert not found
+
+
+def refusals_of(tree: ast.Module) -> list[tuple[int, str]]:
+    """Line and fixed words of every `raise ValueError(...)`, with those of the names and functions that it uses."""
+    words: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            words[node.name] = fixed_words(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            words[node.targets[0].id] = fixed_words(node.value)
+    raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return [
+        (node.lineno, " ".join([fixed_words(node.exc), *(words.get(name, "") for name in names_in(node.exc))]))
+        for node in raised
+        if getattr(node.exc.func, "id", "") == "ValueError"
+    ]
+
+
+def fixed_words(node: ast.AST) -> str:
+    found = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return "".join(value for value in found if isinstance(value, str))
+
+
+def names_in(node: ast.AST) -> list[str]:
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
 
 
 def test_cases_and_refusals_are_counted():
