@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.fx.experimental import _config as symbolic_shapes
 
 from adaptive_llava.modeling.compressor_average_pool import AveragePoolCompressor
-from adaptive_llava.modeling.compressor_base import Compressor
+from adaptive_llava.modeling.compressor_base import Compressor, patch_windows
 from adaptive_llava.modeling.compressor_identity import IdentityCompressor
 from adaptive_llava.modeling.compressor_registry import COMPRESSORS
 from adaptive_llava.modeling.compressor_spatial_fusion import SpatialFusionCompressor
@@ -17,6 +18,7 @@ from adaptive_llava.modeling.option_schema import build_part
 from adaptive_llava.modeling.projector import AdaptiveLlavaProjector
 from adaptive_llava.modeling.visual_token_geometry import visual_token_ladder
 from adaptive_llava.modeling.visual_tokens import VisionFeatures
+from adaptive_llava.training.benchmark_rows.waits_and_graphs import Graphs
 from tests.conftest import TINY_COMPRESSORS
 
 
@@ -160,6 +162,20 @@ def test_compressing_at_one_rung_is_one_graph(name):
     for rung in range(compressor.num_rungs):
         compiled = torch.compile(compressor.compress, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(views, rung), compressor.compress(views, rung), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_windows_that_do_not_fill_the_grid_are_one_graph_for_one_image_and_for_several(window):
+    graphs = Graphs()
+    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        compiled = graphs.of(lambda patches: patch_windows(patches, (7, 7), window).mean((2, 4)))
+        for images in (3, 1, 2):
+            patches = torch.arange(images * 49 * 4.0).reshape(images, 49, 4)
+            found = compiled(patches)
+            assert found.shape == (images, 7 // window, 7 // window, 4)
+            first = patches.view(images, 7, 7, 4)[:, :window, :window].mean((1, 2))
+            assert torch.equal(found[:, 0, 0], first)
+    assert graphs.number == 1
 
 
 def test_identity_returns_the_patches_untouched():

@@ -60,11 +60,11 @@ def refusals_of(tree: ast.Module) -> list[tuple[int, str]]:
             words[node.name] = fixed_words(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             words[node.targets[0].id] = fixed_words(node.value)
-    raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     return [
-        (node.lineno, " ".join([fixed_words(node.exc), *(words.get(name, "") for name in names_in(node.exc))]))
-        for node in raised
-        if getattr(node.exc.func, "id", "") == "ValueError"
+        (error.lineno, " ".join([fixed_words(error), *(words.get(name, "") for name in names_in(error))]))
+        for error in raised
+        if isinstance(error, ast.Call) and getattr(error.func, "id", "") == "ValueError"
     ]
 
 
