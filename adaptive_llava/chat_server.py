@@ -85,7 +85,9 @@ class CheckedChatHandler(ChatCompletionHandler):
         """
         fields = check_request(body, max_new_tokens=self.max_new_tokens)
         if fields.get("model") != self.name:
-            raise HTTPException(404, f"`model={fields.get('model')!r}` is not here. This server has {self.name!r}.")
+            raise HTTPException(
+                404, f"`model={fields.get('model')!r}` is not here. This server has {self.name!r}: name that."
+            )
         return await super().handle_request(await run_in_threadpool(self._prepared, fields), request_id)
 
     def _prepared(self, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _read(source: str, name: str, allow_urls: bool) -> bytes:
             raise ValueError(f"{name} could not be fetched: {error}. Check the address, or pass a file.") from error
     else:
         if not os.path.isfile(source):
-            raise FileNotFoundError(f"{name}: there is no such file.")
+            raise FileNotFoundError(f"{name}: there is no such file. Check the path.")
         try:
             with open(source, "rb") as file:
                 content = file.read(MAX_BYTES + 1)

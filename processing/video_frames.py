@@ -96,7 +96,7 @@ def load_frames(source: Any, sampling: FrameSampling, *, index: int = 0) -> list
         if path.is_file():
             return _frames_of_file(path, sampling, name)
         if not path.is_dir():
-            raise FileNotFoundError(f"{name}: there is no such file or folder.")
+            raise FileNotFoundError(f"{name}: there is no such file or folder. Check the path.")
         endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
         source = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
     if not isinstance(source, Sequence) and not hasattr(source, "ndim"):
