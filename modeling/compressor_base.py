@@ -123,13 +123,13 @@ def patch_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor
         window: Side of a window, in patches.
 
     Returns:
-        `(V, height // window, window, width // window, window, dim)`, a view where nothing is dropped.
+        `(V, height // window, window, width // window, window, dim)`, a view.
     """
     rows, columns = grid[0] // window, grid[1] // window
-    patch_map = patches.view(patches.shape[0], *grid, patches.shape[-1])
-    if (rows * window, columns * window) != tuple(grid):
-        # a copy: dividing the sides of a part of a tensor, compiled code asks whether there is one image or several
-        patch_map = patch_map[:, : rows * window, : columns * window].clone(memory_format=torch.contiguous_format)
+    patch_map = patches.view(patches.shape[0], *grid, patches.shape[-1])[:, : rows * window, : columns * window]
+    if torch.compiler.is_compiling() and (rows * window, columns * window) != tuple(grid):
+        # dividing the sides of a part of a tensor asks, compiled, whether there is one image; of a copy it does not
+        patch_map = patch_map.clone(memory_format=torch.contiguous_format)
     return patch_map.unflatten(2, (columns, window)).unflatten(1, (rows, window))
 
 
