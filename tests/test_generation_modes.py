@@ -465,6 +465,10 @@ def test_forward_and_generate_leave_nothing_on_a_module(name):
     family = turned(name, 0)
     family.model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=1)  # transformers 5 hooks up outputs, once
     family.model(**family.inputs(), output_hidden_states=True)
+    with torch.no_grad():
+        # what depends on the count alone is computed once
+        for count in family.model.config.visual_token_counts if name != "tiles" else ():
+            family.model(**family.inputs(), visual_token_budget=count)
     before = state_of(family.model)
     for call in calls_of(name):
         call()
