@@ -118,7 +118,7 @@ def _splits(settings: Settings) -> tuple[str, ...]:
     return (*ANSWERED, "real") if real else ANSWERED
 
 
-@functools.lru_cache(maxsize=4)  # the four splits of a seed: to draw them takes longer than to train some of the arms
+@functools.lru_cache(maxsize=4)  # the four splits of a seed
 def pictures_of(settings: Settings, split: str, seed: int) -> list[Picture]:
     """The pictures of a split; those of the test in fonts and rulings of their own."""
     number, offset = {
